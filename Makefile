@@ -1,0 +1,46 @@
+# `make demo` and `make test` need nothing but python3: they set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+test check: export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fmt bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.base ## show the main job on the bundled fixtures
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash fixtures/demo.sh
+
+test: .venv/.dev ## run all tests
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/.dev ## what CI runs: format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict loratool
+	$(BIN)/python -m pytest -n 2
+
+fmt: .venv/.dev ## format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.dev ## time a merge beside cp and PEFT
+	$(BIN)/python -m benchmarks.merge
+
+clean: ## remove the environment and every cache
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.dev: .venv/.base
+	$(INSTALL) -e '.[dev]'
+	@touch $@

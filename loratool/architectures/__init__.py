@@ -1,0 +1,79 @@
+"""Name tables of known model families, as data; tables are built when first used.
+
+``ARCHITECTURES`` is all there is: a new family is a file that makes an ``Architecture``, and an entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loratool.architectures.base import Architecture, Row, Shape, Slot, agree
+from loratool.architectures.sd import SD1, SD2, SDXL, flatten, targets, unflatten
+from loratool.architectures.table import NameTable
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "NameTable",
+    "Row",
+    "Slot",
+    "architecture",
+    "flatten",
+    "identify",
+    "identify_checkpoint",
+    "targets",
+    "unflatten",
+]
+
+ARCHITECTURES: tuple[Architecture, ...] = (SD1, SD2, SDXL)
+
+
+def architecture(name: str) -> Architecture | None:
+    """The architecture called ``name`` ("sd1"), or None."""
+    return next((known for known in ARCHITECTURES if known.name == name), None)
+
+
+def identify(modules: Mapping[str, Shape]) -> Architecture | None:
+    """The architecture that an adapter is for, or None if it is for none that is known.
+
+    ``modules`` are raw module names, in any spelling that ``Architecture.resolve`` reads, with the shapes
+    (out, in, ...) of their updates; ``()`` where a shape is not known. What fits most modules by name and
+    shape wins; then what also has the same number of axes (proj_in is a convolution in 1.x only); then what
+    would be written the same way (LDM names: XL); then the first.
+    """
+    best = max(ARCHITECTURES, key=lambda known: _evidence(known, modules))
+    fitting = _evidence(best, modules)[0]
+    unets = sum(name.startswith("unet.") for name in _resolved(best, modules).values())
+    strangers = len(modules) - len(_resolved(best, modules))
+    # The text encoders alone are shared with other families (CLIP of FLUX): the rest must not be foreign.
+    return best if 2 * fitting > len(modules) and strangers <= unets else None
+
+
+def identify_checkpoint(tensors: Mapping[str, Shape]) -> Architecture | None:
+    """The architecture of a single-file checkpoint, by tensor names and shapes, or None."""
+    counts = [(*_slots_fitting(known, tensors), known) for known in ARCHITECTURES]
+    fitting, present, best = max(counts, key=lambda count: count[0])
+    return best if 2 * fitting > present else None
+
+
+def _resolved(known: Architecture, modules: Mapping[str, Shape]) -> dict[str, str]:
+    resolved = ((raw, known.resolve(raw)) for raw in modules)
+    return {raw: name for raw, name in resolved if name}
+
+
+def _evidence(known: Architecture, modules: Mapping[str, Shape]) -> tuple[int, int, int]:
+    """How many modules fit by name and shape; how many of these have the very shape; and the very name."""
+    shapes, kohya = known.shapes(), known.kohya().forward
+    fitting = [
+        (raw, name) for raw, name in _resolved(known, modules).items() if agree(modules[raw], shapes[name])
+    ]
+    exact = sum(modules[raw] == shapes[name] for raw, name in fitting)
+    return len(fitting), exact, sum(raw == kohya[name] for raw, name in fitting)
+
+
+def _slots_fitting(known: Architecture, tensors: Mapping[str, Shape]) -> tuple[int, int]:
+    """How many weights of ``tensors`` have the expected shape, and how many there are by name."""
+    slots = known.checkpoint(tensors)
+    expected = ((slots[f"{name}.weight"], shape) for name, shape in known.shapes().items())
+    pairs = [(tensors[slot.tensor], slot.stored(shape)) for slot, shape in expected if slot.tensor in tensors]
+    return sum(found == shape for found, shape in pairs), len(pairs)

@@ -1,0 +1,190 @@
+"""What is known of a model family: its modules, their shapes, and every name they go by.
+
+The reference namespace is diffusers' module names behind the name of the pipeline component, such as
+``unet.mid_block.resnets.0.conv1`` or ``text_encoder.text_model.encoder.layers.0.mlp.fc1``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from loratool.architectures.table import NameTable
+
+Shape = tuple[int, ...]
+
+# How a name begins, and the component it then speaks of (kohya-ss/sd-scripts, KohakuBlueleaf/LyCORIS,
+# huggingface/diffusers, ComfyUI). No prefix is the beginning of another.
+PREFIXES: tuple[tuple[str, str], ...] = (
+    ("lora_unet_", "unet"),
+    ("oft_unet_", "unet"),
+    ("lycoris_", "unet"),
+    ("unet.", "unet"),
+    ("diffusion_model.", "unet"),
+    ("lora_te_", "text_encoder"),
+    ("lora_te1_", "text_encoder"),
+    ("text_encoder.", "text_encoder"),
+    ("text_encoders.clip_l.transformer.", "text_encoder"),
+    ("text_encoders.clip_h.transformer.", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2"),
+)
+
+# transformers 5.6 dropped `text_model.` from CLIPTextModel: a body that begins with one of these lacks it.
+_INSIDE_TEXT_MODEL = ("encoder_", "embeddings_", "final_layer_norm")
+
+
+def flat(name: str) -> str:
+    """``name`` as kohya writes it: dots become underscores."""
+    return name.replace(".", "_")
+
+
+def split(name: str) -> tuple[str, str] | None:
+    """The component that ``name`` speaks of and its flattened body, or None for an unknown prefix.
+
+    Mends what real files are known to have: ``lora_unet_unet_``, ``lora_unet__``, a trailing underscore,
+    text encoder names without ``text_model``.
+    """
+    for prefix, component in PREFIXES:
+        if name.startswith(prefix):
+            body = flat(name[len(prefix) :]).strip("_").removeprefix(f"{component}_")
+            lacking = component != "unet" and body.startswith(_INSIDE_TEXT_MODEL)
+            return component, f"text_model_{body}" if lacking else body
+    return None
+
+
+class Slot(NamedTuple):
+    """Where a parameter lives inside a single-file checkpoint.
+
+    It is row slice ``part`` of ``parts`` equal ones of ``tensor``, and the transpose of it if ``transposed``.
+    """
+
+    tensor: str
+    part: int = 0
+    parts: int = 1
+    transposed: bool = False
+
+    def stored(self, shape: Shape) -> Shape:
+        """The shape of the whole of ``tensor`` where the parameter has ``shape``."""
+        rows = (shape[0] * self.parts, *shape[1:])
+        return rows[::-1] if self.transposed else rows
+
+
+class Row(NamedTuple):
+    """One weight-carrying module: its names, the shape of its weight, its place in a checkpoint.
+
+    ``kohya`` is the one spelling that is written; ``bodies``, without prefix, are all that are read.
+    """
+
+    reference: str
+    kohya: str
+    bodies: tuple[str, ...]
+    shape: Shape
+    weight: Slot
+    bias: Slot | None = None
+
+    @property
+    def component(self) -> str:
+        return self.reference.partition(".")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A model family: ``build`` makes its rows, once, when a table is first asked for.
+
+    ``aliases`` are pairs (usual prefix, other prefix) of tensor names in single files; ``unflatten`` reads
+    kohya names of models of this kind that have other numbers of blocks.
+    """
+
+    name: str
+    title: str
+    components: tuple[str, ...]
+    build: Callable[[], Iterable[Row]] = field(repr=False)
+    unflatten: Callable[[str], str | None] = field(repr=False)
+    aliases: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+    def modules(self) -> tuple[str, ...]:
+        """Every module that carries a weight (Linear, Conv, norms, embeddings), in reference names."""
+        return tuple(self._shapes)
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """The shape of each module's weight, by reference name."""
+        return self._shapes
+
+    def kohya(self) -> NameTable:
+        """Reference names <-> the names that kohya-ss/sd-scripts writes."""
+        return self._kohya
+
+    def resolve(self, name: str) -> str | None:
+        """The reference name of a module of this very architecture in any known spelling, or None."""
+        found = split(name)
+        return self._spellings.get(found) if found else None
+
+    def from_kohya(self, name: str) -> str | None:
+        """The reference name of a kohya name, or None where it is no name of this kind of model.
+
+        Reads what ``resolve`` reads and, beyond it, the names of models with other numbers of blocks.
+        """
+        if known := self.resolve(name):
+            return known
+        other = self.unflatten(name)
+        return other if other and other.partition(".")[0] in self.components else None
+
+    def checkpoint(self, tensors: Container[str] = ()) -> Mapping[str, Slot]:
+        """Reference parameter names (``.weight``, ``.bias``) -> places in an LDM or SGM single file.
+
+        Of the spellings that single files have, the usual one, unless ``tensors``, the names in the file at
+        hand, has another.
+        """
+        if not tensors:
+            return self._slots
+        return {name: self._spelled(slot, tensors) for name, slot in self._slots.items()}
+
+    def _spelled(self, slot: Slot, tensors: Container[str]) -> Slot:
+        if slot.tensor in tensors:
+            return slot
+        for usual, other in self.aliases:
+            name = other + slot.tensor.removeprefix(usual)
+            if slot.tensor.startswith(usual) and name in tensors:
+                return slot._replace(tensor=name)
+        return slot
+
+    @cached_property
+    def _rows(self) -> tuple[Row, ...]:
+        return tuple(self.build())
+
+    @cached_property
+    def _shapes(self) -> dict[str, Shape]:
+        return {row.reference: row.shape for row in self._rows}
+
+    @cached_property
+    def _kohya(self) -> NameTable:
+        return NameTable(tuple((row.reference, row.kohya) for row in self._rows))
+
+    @cached_property
+    def _spellings(self) -> dict[tuple[str, str], str]:
+        table: dict[tuple[str, str], str] = {}
+        for row in self._rows:
+            for body in row.bodies:
+                if table.setdefault((row.component, body), row.reference) != row.reference:
+                    raise ValueError(f"{body!r} is both {table[row.component, body]!r} and {row.reference!r}")
+        return table
+
+    @cached_property
+    def _slots(self) -> dict[str, Slot]:
+        slots = {f"{row.reference}.weight": row.weight for row in self._rows}
+        slots |= {f"{row.reference}.bias": row.bias for row in self._rows if row.bias}
+        NameTable(tuple((name, f"{slot.tensor} part {slot.part}") for name, slot in slots.items()))
+        return slots
+
+
+def agree(shape: Shape, expected: Shape) -> bool:
+    """Whether an update of ``shape`` fits a weight of shape ``expected``; no shape, ``()``, fits all.
+
+    Kernel axes may be flattened, or be absent where they are one by one.
+    """
+    return not shape or (shape[0] == expected[0] and math.prod(shape) == math.prod(expected))

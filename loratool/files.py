@@ -1,0 +1,247 @@
+"""Files in and out: reading at offsets, checking paths, and output that appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import FormatError, LoratoolError
+
+CHUNK = 4 << 20  # bytes read at a time where a whole file is walked
+
+_MAGIC = (
+    (b"version https://git-lfs", "a git-LFS pointer, not the file itself", "fetch the real file: git lfs pull"),
+    (b"GGUF", "a GGUF file, which is not read yet", "give a safetensors file"),
+    (b"PK\x03\x04", "a zip archive (a PyTorch pickle, or npz)", "convert it to safetensors first"),
+    (b"\x80\x02", "a Python pickle", "convert it to safetensors first"),
+    (b"<!DOCTYPE", "a web page", "download the file itself"),
+    (b"<html", "a web page", "download the file itself"),
+)
+
+
+class FileBytes:
+    """One input file: read at offsets by any number of threads; opened on the first read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+
+    @cached_property
+    def _fd(self) -> int:
+        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.path.stat().st_size
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` (bytes) from ``offset``. Raises FormatError when the file ends before."""
+        with self._lock:  # only the first call opens; preadv itself needs no lock
+            fd = self._fd
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(fd, [buffer[done:]], offset + done)
+            if count == 0:
+                raise FormatError("file ends early", self.path, "fetch or copy it again")
+            done += count
+
+    def read(self, offset: int, nbytes: int) -> bytearray:
+        """``nbytes`` bytes from ``offset``."""
+        data = bytearray(nbytes)
+        self.read_into(memoryview(data), offset)
+        return data
+
+    def __del__(self) -> None:
+        if "_fd" in self.__dict__:
+            with suppress(OSError):
+                os.close(self.__dict__["_fd"])
+
+
+def reject_foreign(head: bytes, path: Path) -> None:
+    """Raise FormatError naming what ``head``, the first bytes of ``path``, really is."""
+    for magic, what, hint in _MAGIC:
+        if head.startswith(magic):
+            raise FormatError(f"this is {what}", path, hint)
+
+
+def existing(path: str | os.PathLike[str], what: str = "input") -> Path:
+    """``path`` if it exists. Raises LoratoolError, with a word on hub references, when it does not."""
+    found = Path(path)
+    if found.exists():
+        return found
+    if found.is_symlink():
+        raise LoratoolError(f"{what} is a broken link", found)
+    text = os.fspath(path)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not found.parent.exists():
+        raise LoratoolError(
+            f"no such {what}",
+            text,
+            "this looks like a hub reference, which is not fetched yet: download it and give the local path",
+        )
+    raise LoratoolError(f"no such {what}", text)
+
+
+def walk(folder: Path, allow_links: bool = False) -> Iterator[Path]:
+    """Every file below ``folder``, as paths relative to it, sorted.
+
+    A link may not leave the folder or the hub cache it lies in, unless ``allow_links``
+    (raises FormatError): hostile folders point at the user's other files.
+    """
+    for root, folders, names in os.walk(folder, followlinks=False):
+        folders.sort()
+        for name in [*folders, *sorted(names)]:
+            path = Path(root, name)
+            if path.is_symlink():
+                if not allow_links:
+                    check_link(path, folder)
+                if path.is_dir():
+                    raise FormatError("a linked folder inside a model folder is not followed", path)
+            if not path.is_dir():
+                yield path.relative_to(folder)
+
+
+def check_link(path: Path, folder: Path) -> None:
+    """Raise FormatError when ``path``, inside ``folder``, leads outside of it and of its hub cache."""
+    real, top = path.resolve(), folder.resolve()
+    # a hub cache keeps <repo>/snapshots/<commit>/file -> <repo>/blobs/<hash>
+    cache = top.parent.parent if top.parent.name == "snapshots" else top
+    if not real.is_relative_to(top) and not (cache is not top and real.is_relative_to(cache / "blobs")):
+        raise FormatError("a link leaves its folder", path, "copy the file into the folder, or give --allow-links")
+
+
+def inside(folder: Path, name: str, allow_links: bool = False) -> Path:
+    """The file ``name`` of ``folder``. Raises FormatError when the name or a link leads out of it."""
+    parts = name.replace("\\", "/").split("/")
+    if not name or name.startswith("/") or ".." in parts or "\0" in name or ":" in parts[0]:
+        raise FormatError(f"unsafe path {name!r}", folder)
+    path = folder / name
+    if path.is_symlink() and not allow_links:
+        check_link(path, folder)
+    return path
+
+
+def prepare_output(out: str | os.PathLike[str], overwrite: bool, inputs: Mapping[str, Path] | None = None) -> Path:
+    """Check that ``out`` may be written: parent there, not existing (or ``overwrite``), not an input."""
+    path = Path(out)
+    parent = path.parent
+    if not parent.is_dir():
+        raise LoratoolError("the output's parent folder does not exist", parent, "create it first")
+    if path.name in ("", ".", ".."):
+        raise LoratoolError("the output needs a name of its own", path)
+    for what, source in (inputs or {}).items():
+        here, there = path.resolve(), source.resolve()
+        if here == there or here in there.parents or (there.is_dir() and there in here.parents):
+            raise LoratoolError(f"the output would overwrite {what}", path, "choose another output path")
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise LoratoolError("output exists", path, "give another path, or --overwrite to replace it")
+    if not os.access(parent, os.W_OK):
+        raise LoratoolError("the output's folder is not writable", parent)
+    return path
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raise LoratoolError when fewer than ``nbytes`` bytes are free where ``folder`` lies."""
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise LoratoolError(f"out of disk: {nbytes:,} bytes needed, {free:,} free", folder, "free some space")
+
+
+@contextmanager
+def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of ``out`` to write to (a file or a folder), renamed to ``out`` at the end.
+
+    Output appears under its final name only complete and flushed; on any failure what was
+    written is removed and ``out`` stays as it was. What a killed run left behind goes first.
+    """
+    _sweep(out)
+    temporary = out.with_name(f".{out.name}.loratool-{_host()}-{os.getpid()}-{threading.get_ident():x}")
+    try:
+        yield temporary
+        _flush(temporary)
+        if (out.exists() or out.is_symlink()) and not overwrite:
+            raise LoratoolError("output exists", out, "it appeared while this ran; give another path")
+        _replace(temporary, out)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _sweep(out: Path) -> None:
+    """Remove the temporary output of runs on this machine that were killed."""
+    prefix = f".{out.name}.loratool-{_host()}-"
+    for path in out.parent.glob(glob_escape(prefix) + "*"):
+        pid = path.name[len(prefix) :].split("-")[0]
+        if pid.isdigit() and int(pid) != os.getpid() and not Path("/proc", pid).exists() and os.path.isdir("/proc"):
+            remove(path)
+
+
+def glob_escape(text: str) -> str:
+    """``text`` with the wildcard characters of glob patterns made literal."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _flush(path: Path) -> None:
+    """fsync a file, or every file and folder below a folder."""
+    paths = [path, *path.rglob("*")] if path.is_dir() else [path]
+    for entry in paths:
+        fd = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Rename ``temporary`` to ``out``; an old ``out`` goes only once the new one stands."""
+    old = out.with_name(temporary.name + ".old")
+    is_folder = out.is_dir() and not out.is_symlink()
+    if is_folder or (out.exists() and temporary.is_dir()):
+        os.rename(out, old)
+    try:
+        os.replace(temporary, out)
+    except BaseException:
+        if old.exists():
+            os.rename(old, out)
+        raise
+    remove(old)
+    fd = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_json(path: Path, limit: int = 64 << 20) -> Any:
+    """The JSON document in a file. Raises FormatError when it is larger than ``limit`` bytes or no JSON."""
+    import json
+
+    try:
+        if path.stat().st_size > limit:
+            raise FormatError(f"JSON larger than {limit:,} bytes", path)
+        data = path.read_bytes()
+        reject_foreign(data, path)
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"not valid JSON: {error}", path) from None
+    except OSError as error:
+        raise LoratoolError(f"cannot read: {error.strerror}", path) from None

@@ -1,0 +1,145 @@
+"""What a format is: a record of functions, and the evidence they look at."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from loratool.adapter import Adapter, Loss, is_bias
+from loratool.errors import FormatError
+from loratool.files import check_link, existing, inside, read_json
+from loratool.pickles import looks_pickled, read_pickle
+from loratool.tensors import SafetensorsFile, Tensor, canonical_order, header_bytes, read_safetensors
+from loratool.update import Update
+
+CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
+_PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What lies at a path: an adapter file, or a folder with one and perhaps a configuration.
+
+    Only headers are read. Raises what reading raises: LoratoolError (no such path), FormatError.
+    """
+
+    path: Path
+    allow_pickle: bool = False
+    allow_links: bool = False
+    scaling: float | None = None
+    modules: tuple[str, ...] = field(default=(), repr=False)
+    """Module names of the base, where the caller knows it: what flattened names are looked up in."""
+
+    @cached_property
+    def weights(self) -> Path:
+        """The file with the tensors."""
+        path = existing(self.path, "adapter")
+        if not path.is_dir():
+            return path
+        for name in (*_WEIGHTS, *_PICKLED):
+            if (path / name).exists() or (path / name).is_symlink():
+                return existing(inside(path, name, self.allow_links), "adapter")
+        found = sorted(p for p in path.glob("*.safetensors") if p.is_file())
+        if len(found) == 1:
+            if found[0].is_symlink() and not self.allow_links:
+                check_link(found[0], path)
+            return found[0]
+        names = ", ".join(p.name for p in found[:3]) or "none"
+        raise FormatError(f"no adapter in this folder (safetensors files: {names})", path, "name the adapter file")
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The JSON configuration beside the tensors; empty where there is none."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        if not (folder / CONFIG).exists():
+            return {}
+        config = read_json(inside(folder, CONFIG, self.allow_links))
+        if not isinstance(config, dict):
+            raise FormatError("the configuration is not a JSON object", folder / CONFIG)
+        return config
+
+    @cached_property
+    def file(self) -> SafetensorsFile:
+        """The opened tensors."""
+        if looks_pickled(self.weights):
+            return read_pickle(self.weights, self.allow_pickle)
+        return read_safetensors(self.weights)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The tensor names."""
+        return tuple(self.file.tensors)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One adapter format.
+
+    ``sniff`` looks at headers only and says why it recognises the input (or None). ``losses`` is asked before
+    anything is written. ``write`` gets a path that does not exist yet and creates it, a file or a folder.
+    """
+
+    name: str
+    title: str
+    kinds: tuple[str, ...]
+    container: Literal["file", "folder"]
+    sniff: Callable[[Evidence], str | None]
+    read: Callable[[Evidence], Adapter]
+    write: Callable[[Adapter, Path], None]
+    losses: Callable[[Adapter], list[Loss]]
+
+
+# ---------------------------------------------------------------- what formats share
+
+_HASHES = ("sshs_model_hash", "sshs_legacy_hash")  # of kohya-ss/sd-scripts: made anew
+_STALE = ("modelspec.hash_sha256",)
+_LEGACY = (0x100000, 0x110000)  # the bytes of the file that the legacy hash looks at
+_SPREAD = 50.0  # scalings of one file that differ by more than this are worth a word
+
+
+def odd(updates: Mapping[str, Update]) -> list[str]:
+    """What is odd about the scalings of one file: an alpha of 0, scalings that differ wildly."""
+    lows = {name: u for name, u in updates.items() if u.rank is not None and not is_bias(name)}
+    zero = sum(u.alpha == 0 for u in lows.values())
+    scalings = [abs(u.scaling) for u in lows.values() if u.scaling]
+    found = []
+    if zero:
+        found.append(
+            f"alpha is stored as 0 for {zero} of {len(lows)} modules, which makes them do nothing; some trainers "
+            "write 0 for an alpha as large as the rank"
+        )
+    if scalings and max(scalings) > _SPREAD * min(scalings):
+        found.append(
+            f"alpha / rank varies from {min(scalings):.4g} to {max(scalings):.4g} within the file: an alpha may "
+            "belong to another rank"
+        )
+    return found
+
+
+def kept(strings: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata of a source for a file of these ``tensors``: hashes are made anew where there were some, or dropped."""
+    found = {key: value for key, value in strings.items() if key not in _STALE}
+    if any(key in found for key in _HASHES):
+        anew = dict(zip(_HASHES, _sshs(found, tensors), strict=True))
+        found.update({key: value for key, value in anew.items() if key in found})
+    return found
+
+
+def _sshs(strings: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """kohya-ss/sd-scripts' two hashes: of the data, and of 64 KiB at 1 MiB of a file with the ``ss_`` metadata only."""
+    ordered = canonical_order(tensors)
+    own = {key: value for key, value in strings.items() if key.startswith("ss_")}
+    position = len(header_bytes(((name, t.dtype, t.shape) for name, t in ordered.items()), own))
+    model, legacy = hashlib.sha256(), hashlib.sha256()
+    for tensor in ordered.values():
+        data = tensor.array().tobytes()
+        model.update(data)
+        start, stop = (max(edge - position, 0) for edge in _LEGACY)
+        legacy.update(data[start:stop])
+        position += len(data)
+    return model.hexdigest(), legacy.hexdigest()[:8]

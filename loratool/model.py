@@ -1,0 +1,184 @@
+"""A model on disk: one checkpoint file or a folder, described from its headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loratool.architectures import Slot, identify_checkpoint
+from loratool.errors import FormatError
+from loratool.files import existing, inside, read_json, walk
+from loratool.tensors import SafetensorsFile, Tensor, read_safetensors
+
+_ADAPTER_FILES = frozenset(("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors"))
+_INDEX = ".safetensors.index"
+_UNREAD = (".bin", ".ckpt", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One safetensors file of a model: its path relative to the model, and the component it belongs to."""
+
+    name: str
+    prefix: str
+    file: SafetensorsFile
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a parameter lies: its file and the handle of its values."""
+
+    weights: WeightFile
+    key: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base model.
+
+    ``parameters`` maps full names (in a pipeline behind their component: ``unet.``) to every place they lie in: a
+    folder may hold the same weights in several precisions. ``others`` are the remaining files, ``configs`` the
+    config.json of each component by prefix.
+    """
+
+    path: Path
+    weights: tuple[WeightFile, ...]
+    others: tuple[str, ...] = ()
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    index_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the model is a folder."""
+        return bool(self.others) or self.path.is_dir()
+
+    @cached_property
+    def parameters(self) -> Mapping[str, tuple[Location, ...]]:
+        """Every tensor by full name."""
+        found: dict[str, tuple[Location, ...]] = {}
+        for weights in self.weights:
+            for key, tensor in weights.file.tensors.items():
+                name = weights.prefix + key
+                found[name] = (*found.get(name, ()), Location(weights, key, tensor))
+        return found
+
+    @cached_property
+    def places(self) -> Mapping[str, Slot]:
+        """Every name by which a parameter may be called -> the tensor (or rows of it) that it is."""
+        places = {name: Slot(name) for name in self.parameters}
+        if self.architecture:
+            slots = self.architecture.checkpoint(self.parameters)
+            places.update({n: s for n, s in slots.items() if s.tensor in self.parameters and n not in places})
+        return places
+
+    @cached_property
+    def architecture(self) -> Any:
+        """The known architecture of a single-file checkpoint with names of its own, else None."""
+        if self.is_folder or not any("diffusion_model." in name for name in self.parameters):
+            return None
+        return identify_checkpoint({name: at[0].tensor.shape for name, at in self.parameters.items()})
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Names of everything that has a weight, in every spelling."""
+        return tuple(name.removesuffix(".weight") for name in self.places if name.endswith(".weight"))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape of a tensor."""
+        return self.parameters[name][0].tensor.shape
+
+    def config_of(self, name: str) -> Mapping[str, Any]:
+        """The configuration of the component that a tensor belongs to."""
+        return self.configs.get(self.parameters[name][0].weights.prefix, {})
+
+
+def read_model(path: str | Path, allow_links: bool = False) -> Model:
+    """Describe the model at ``path`` from its headers.
+
+    Raises LoratoolError (no such path) and FormatError (nothing to read, a damaged or hostile file, an index that
+    disagrees with its shards).
+    """
+    found = existing(path, "model")
+    if not found.is_dir():
+        file = read_safetensors(found)
+        return Model(found, (WeightFile(found.name, "", file),))
+    if (found / "adapter_config.json").exists() and not (found / "config.json").exists():
+        raise FormatError("this is an adapter, not a model", found)
+    files = [name.as_posix() for name in walk(found, allow_links)]
+    pipeline = "model_index.json" in files
+    weights = tuple(
+        WeightFile(name, _prefix(name), read_safetensors(inside(found, name, allow_links)))
+        for name in files
+        if _is_weights(name, pipeline)
+    )
+    if not weights:
+        unread = ", ".join(name for name in files if name.endswith(_UNREAD)) or "none"
+        raise FormatError(
+            f"no safetensors weights in this model (other weights: {unread})", found, "convert them to safetensors"
+        )
+    taken = {w.name for w in weights}
+    configs = {
+        _prefix(name): _table(found / name)
+        for name in files
+        if name.rpartition("/")[2] == "config.json" and (pipeline or "/" not in name)
+    }
+    index_files = {name: _table(found / name) for name in files if _INDEX in name and name.endswith(".json")}
+    model = Model(found, weights, tuple(n for n in files if n not in taken), configs, index_files)
+    for name, index in index_files.items():
+        _check_index(model, name, index)
+    return model
+
+
+def _prefix(name: str) -> str:
+    """The component of a file, as it stands before parameter names."""
+    folder = name.rpartition("/")[0]
+    return folder.replace("/", ".") + "." if folder else ""
+
+
+def _is_weights(name: str, pipeline: bool) -> bool:
+    """Whether a file of the folder holds the model's weights (in a pipeline: one folder down)."""
+    if not name.endswith(".safetensors") or name.rpartition("/")[2] in _ADAPTER_FILES:
+        return False
+    return name.count("/") <= (1 if pipeline else 0)
+
+
+def _table(path: Path) -> Mapping[str, Any]:
+    table = read_json(path)
+    if not isinstance(table, dict):
+        raise FormatError("not a JSON object", path)
+    return table
+
+
+def _check_index(model: Model, name: str, index: Mapping[str, Any]) -> None:
+    """An index must name existing shards of its own folder, and tensors that are there."""
+    where = model.path / name
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise FormatError("the index has no weight_map", where)
+    folder = name.rpartition("/")[0]
+    shards = {w.name: w.file for w in model.weights}
+    for key, shard in weight_map.items():
+        inside(where.parent, shard)
+        file = shards.get(f"{folder}/{shard}" if folder else shard)
+        if file is None:
+            raise FormatError(f"the shard {shard!r} is missing", where, "fetch or copy the model again")
+        if key not in file.tensors:
+            raise FormatError(f"the index places {key} in {shard}, which lacks it", where)
+
+
+def other_files(model: Model) -> dict[str, Path]:
+    """The files of a model folder that are not weights, by relative name."""
+    return {name: model.path / name for name in model.others}
+
+
+def stale_copies(model: Model) -> list[str]:
+    """Files that a merge copies although they hold the same weights in another form."""
+    return [n for n in (*model.others, *(w.name for w in model.weights)) if _is_copy(n)]
+
+
+def _is_copy(name: str) -> bool:
+    return name.endswith(_UNREAD) or name.rpartition("/")[2].startswith("consolidated")

@@ -1,0 +1,188 @@
+"""Matching an adapter to a base: which tensor, or rows of it, each update changes, and in which orientation.
+
+Exact names first; then the renamed prefixes of known models; then the one place whose name is the target's plus or
+minus whole leading segments. A shape that differs, an ambiguity or a target without a place is an error that names
+the nearest module: nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from loratool.adapter import Adapter, parameter
+from loratool.architectures import Slot
+from loratool.architectures.llm import CONV1D_LEAVES, CONV1D_MODELS, RENAMED_PREFIXES
+from loratool.errors import MatchError
+from loratool.model import Model
+from loratool.update import DoRA, LowRank, Update, trimmed
+
+
+@dataclass(frozen=True)
+class Match:
+    """One target of an adapter and its place in the base; ``update`` is oriented as the base stores the weight."""
+
+    target: str
+    update: Update
+    place: Slot
+    how: str
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A target or carried tensor without a place, and why."""
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})"
+
+
+class Names:
+    """The parameter names of a base, looked up in every way that is allowed."""
+
+    def __init__(self, places: Mapping[str, Slot]) -> None:
+        self.places = places
+        self._by_tail: dict[int, dict[str, list[str]]] = {}
+
+    def find(self, name: str) -> tuple[str, str] | Unmatched:
+        """(the base's name, how it was found) of a parameter."""
+        if name in self.places:
+            return name, "exact"
+        for how, candidates in (("renamed", self._renamed(name)), ("suffix", self._suffix(name))):
+            distinct = {self.places[c]: c for c in candidates}
+            if len(distinct) == 1:
+                return next(iter(distinct.values())), how
+            if distinct:
+                some = ", ".join(sorted(distinct.values())[:3])
+                return Unmatched(name, f"ambiguous: {some}")
+        return Unmatched(name, f"nearest: {self.nearest(name)}")
+
+    def _renamed(self, name: str) -> list[str]:
+        """Names under the prefixes that known models changed."""
+        pairs = [*RENAMED_PREFIXES, *((b, a) for a, b in RENAMED_PREFIXES)]
+        moved = (b + name.removeprefix(a) for a, b in pairs if name.startswith(a))
+        return [m for m in moved if m in self.places]
+
+    def _suffix(self, name: str) -> list[str]:
+        """Names that have leading segments more, or fewer; a layer number is never among these."""
+        parts = name.split(".")
+        tails = (parts[n:] for n in range(1, len(parts) - 1) if not has_number(parts[:n]))
+        shorter = [".".join(tail) for tail in tails]
+        longer = self._tails(len(parts)).get(name, [])
+        return [s for s in shorter if s in self.places][:1] + [
+            name for name in longer if not has_number(name.split(".")[: -len(parts)])
+        ]
+
+    def _tails(self, length: int) -> dict[str, list[str]]:
+        """Base names by their last ``length`` segments."""
+        if length not in self._by_tail:
+            table: dict[str, list[str]] = {}
+            for name in self.places:
+                parts = name.split(".")
+                if len(parts) > length:
+                    table.setdefault(".".join(parts[-length:]), []).append(name)
+            self._by_tail[length] = table
+        return self._by_tail[length]
+
+    @cached_property
+    def _by_leaf(self) -> dict[str, list[str]]:
+        table: dict[str, list[str]] = {}
+        for name in self.places:
+            table.setdefault(leaf(name), []).append(name)
+        return table
+
+    def nearest(self, name: str) -> str:
+        """The base's module that is spelled most alike."""
+        pool = self._by_leaf.get(leaf(name)) or list(self.places)
+        close = difflib.get_close_matches(name, pool[:2000], 1, cutoff=0.0)
+        return module_of(close[0]) if close else "none"
+
+
+def has_number(parts: Iterable[str]) -> bool:
+    """Whether a segment is a number, as layers have."""
+    return any(part.isdigit() for part in parts)
+
+
+def module_of(name: str) -> str:
+    """The module of a weight."""
+    return name.removesuffix(".weight")
+
+
+def leaf(name: str) -> str:
+    """The last segment of a parameter's module."""
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def match(adapter: Adapter, model: Model) -> tuple[list[Match], list[Unmatched]]:
+    """Places of every update of ``adapter`` in ``model``, and what has none.
+
+    Raises MatchError for shapes that differ and for two targets that mean one place.
+    """
+    names = Names(model.places)
+    found: list[Match] = []
+    unmatched: list[Unmatched] = []
+    taken: dict[Slot, str] = {}
+    for target, update in adapter.updates.items():
+        hit = names.find(parameter(target))
+        if isinstance(hit, Unmatched):
+            unmatched.append(Unmatched(adapter.spelling(target), hit.why))
+            continue
+        name, how = hit
+        place = model.places[name]
+        if place in taken:
+            raise MatchError(
+                f"two modules of the adapter mean one place, {module_of(name)}",
+                f"{adapter.spelling(taken[place])} and {adapter.spelling(target)}",
+                "one of them is misnamed",
+            )
+        taken[place] = target
+        found.append(Match(target, orient(update, target, place, model), place, how))
+    return found, unmatched
+
+
+def orient(update: Update, target: str, place: Slot, model: Model) -> Update:
+    """``update`` in the orientation in which ``model`` stores the weight. Raises MatchError when no shape fits."""
+    stored = model.shape(place.tensor)
+    if place.parts > 1 and stored[0] % place.parts:
+        raise MatchError(f"{list(stored)} is not {place.parts} equal parts", place.tensor)
+    wanted = (stored[0] // place.parts, *stored[1:])
+    for candidate in _orientations(update, place, model):
+        if trimmed(candidate.shape) == trimmed(wanted):
+            return candidate
+    raise MatchError(
+        f"shapes differ: the adapter's update is {list(update.shape)}, the base's weight {list(wanted)}",
+        f"{target} -> {place.tensor}",
+        "the adapter was made for another base",
+    )
+
+
+def _orientations(update: Update, place: Slot, model: Model) -> list[Update]:
+    """The orientations to try, likeliest first: what the architecture says goes before what the file believes."""
+    if not isinstance(update, (LowRank, DoRA)) or update.layer == "embedding":
+        return [update]
+    if len(update.shape) > 2:
+        return [update]
+    plain, transposed = update.oriented("plain"), update.oriented("transposed")
+    if place.transposed:
+        return [transposed]
+    verdict = stores_transposed(place.tensor, model)
+    if verdict is None:  # nothing is known of this model: the file's word, then the shape's
+        return [transposed, plain] if update.layer == "transposed" else [plain]
+    return [transposed] if verdict else [plain]
+
+
+def stores_transposed(name: str, model: Model) -> bool | None:
+    """Whether the base stores this weight as [in,out] (transformers' Conv1D); None where nothing tells."""
+    if leaf(name) not in CONV1D_LEAVES:
+        return False
+    model_type = model.config_of(name).get("model_type")
+    if model_type is not None:
+        return model_type in CONV1D_MODELS
+    # without a config.json, a fused projection of the same model shows it: [d,3d] is [in,out]
+    shapes = [model.shape(n) for n in model.parameters if leaf(n) in ("c_attn", "c_fc") and n.endswith(".weight")]
+    wide = {rows < columns for rows, columns in (s for s in shapes if len(s) == 2) if rows != columns}
+    return wide.pop() if len(wide) == 1 else None

@@ -1,0 +1,1 @@
+"""Operations: adapters and base weights in, adapters or weights out. One file each."""

@@ -1,0 +1,229 @@
+"""What adapters, together, do to a model: every tensor accounted for before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from loratool.adapter import Adapter, is_bias
+from loratool.architectures import Slot
+from loratool.architectures.llm import Tie, tie_of
+from loratool.errors import FormatError, MatchError, NumericError, UsageError
+from loratool.model import Location, Model
+from loratool.names import Names, Unmatched, has_number, match, module_of
+from loratool.plan import Part
+from loratool.tensors import FLOATS, Array, Tensor
+from loratool.update import Load, LowRank, Prepared, Update, trimmed
+
+
+@dataclass(frozen=True)
+class Replace(Update):
+    """A weight trained whole: W' = value."""
+
+    value: Tensor
+
+    @property
+    def kind(self) -> str:
+        return "full"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {"value": self.value}
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        def delta(start: int, stop: int, base: Array | None) -> Array:
+            shape = (stop - start, *self.value.shape[1:])
+            rows = Tensor(self.value.dtype, shape, lambda a, b: self.value.load(start + a, start + b))
+            return (load(rows).reshape(stop - start, -1) - base) * strength
+
+        return Prepared(delta)
+
+
+@dataclass
+class Changes:
+    """Parts to add to each tensor, tensors that replace the base's, tensors that are new, and what found no place."""
+
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
+    unmatched: list[Unmatched] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    modules: int = 0
+    untied: Tie | None = None
+
+    @property
+    def touched(self) -> set[str]:
+        """Names of the base's tensors that change."""
+        return set(self.parts) | set(self.replaced)
+
+
+def account(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float]) -> Changes:
+    """Everything that ``adapters`` times ``strengths`` change in ``model``.
+
+    Raises UsageError (count of strengths), FormatError (unknown scaling, quantised target), MatchError (shapes,
+    conflicts), NumericError (NaN or infinity in an adapter).
+    """
+    if len(strengths) != len(adapters):
+        raise UsageError(f"{len(strengths)} strengths for {len(adapters)} adapters", hint="one for each, or none")
+    if not all(np.isfinite(strengths)):
+        raise UsageError("a strength is not a finite number")
+    tie, headed = with_head(model)
+    changes = Changes()
+    for adapter, strength in zip(adapters, strengths, strict=True):
+        check_values(adapter, changes)
+        _place_updates(changes, adapter, strength, headed)
+        _place_carried(changes, adapter, strength, headed)
+    if tie is not None:
+        _settle_tie(changes, tie, model)
+    for name in changes.touched:
+        dtype = headed.parameters[name][0].tensor.dtype
+        if dtype not in FLOATS:
+            raise FormatError(f"a quantised weight ({dtype}) cannot be changed yet", name, "give the base in 16 or 32 bit")
+    return changes
+
+
+def check_values(adapter: Adapter, changes: Changes) -> None:
+    """Raise for NaN, infinities and unknown scalings; warn of an adapter that changes nothing."""
+    where = adapter.metadata.path
+    if not adapter.metadata.scaling_known:
+        raise FormatError("the file does not tell its scaling", where, "give --scaling (alpha / rank)")
+    named = ((n, s, t) for n, u in adapter.updates.items() for s, t in u.slots.items())
+    carried = ((n, "value", t) for n, t in adapter.carried.items())
+    trained = False
+    for name, slot, tensor in (*named, *carried):
+        largest = extreme(tensor)
+        if not np.isfinite(largest):
+            raise NumericError("NaN or infinity in the adapter", f"{where}: {adapter.spelling(name)} ({slot})")
+        trained = trained or (largest > 0 and slot in ("up", "value", "magnitude"))
+    for name, update in adapter.updates.items():
+        if not np.isfinite(update.scaling):
+            raise NumericError(f"the scaling is {update.scaling}", f"{where}: {adapter.spelling(name)}")
+    if not trained:
+        changes.warnings.append(f"{where}: every up factor is zero: an untrained adapter, it changes nothing")
+
+
+def extreme(tensor: Tensor) -> float:
+    """The largest absolute value of a tensor; NaN or infinity where there is one."""
+    if tensor.size == 0:
+        return 0.0
+    step = max(1, (1 << 20) * tensor.rows // max(tensor.size, 1))
+    peaks = (np.abs(tensor.float(n, min(n + step, tensor.rows))).max() for n in range(0, tensor.rows, step))
+    return float(max(peaks, key=lambda p: np.inf if np.isnan(p) else p))
+
+
+def with_head(model: Model) -> tuple[Tie | None, Model]:
+    """The model's tied pair, and the model with the output projection among its parameters, where it was left out."""
+    if len(model.configs) != 1 or "" not in model.configs:
+        return None, model
+    tie = tie_of(model.configs[""], frozenset(model.modules))
+    if tie is None:
+        return None, model
+    head, embedding = f"{tie.head}.weight", f"{tie.embedding}.weight"
+    if head in model.parameters:
+        return tie, model
+    known = dict(model.parameters)
+    known[head] = tuple(Location(at.weights, head, at.tensor) for at in known[embedding])
+    twin = replace(model)
+    twin.__dict__["parameters"] = known
+    return tie, twin
+
+
+def _place_updates(changes: Changes, adapter: Adapter, strength: float, model: Model) -> None:
+    matches, unmatched = match(adapter, model)
+    changes.unmatched += [Unmatched(adapter.spelling(u.name), u.why) for u in unmatched]
+    for found in matches:
+        slot = found.place
+        rows = model.shape(slot.tensor)[0] // slot.parts
+        start = slot.part * rows
+        part = Part(found.update, strength, start, start + rows, adapter.spelling(found.target))
+        changes.parts.setdefault(slot.tensor, []).append(part)
+        changes.modules += not is_bias(found.target)
+
+
+def _place_carried(changes: Changes, adapter: Adapter, strength: float, model: Model) -> None:
+    """Whole tensors: put in place of the base's, or added where the base has none (a new head)."""
+    names = Names(model.places)
+    for name, tensor in adapter.carried.items():
+        hit = names.find(name)
+        if isinstance(hit, Unmatched):
+            if has_number(name.split(".")) or name.startswith("bundle_emb."):
+                changes.unmatched.append(Unmatched(adapter.spelling(name), hit.why))
+            else:
+                _agree(changes.added, name, tensor)
+            continue
+        slot = model.places[hit[0]]
+        own = module_of(name) in adapter.updates  # the base that the update was trained on
+        _replace(changes, slot, tensor, 1.0 if own else strength, adapter.spelling(name), model)
+
+
+def _replace(changes: Changes, slot: Slot, tensor: Tensor, strength: float, module: str, model: Model) -> None:
+    """One whole tensor that stands in for the base's, or for rows of it."""
+    stored = model.shape(slot.tensor)
+    shape = (stored[0] // slot.parts, *stored[1:])
+    tensor = tensor.T if slot.transposed else tensor
+    same = trimmed(tensor.shape) == trimmed(shape)
+    if not same and (tensor.shape[1:] != shape[1:] or slot.parts > 1 or strength != 1.0):
+        raise MatchError(f"a whole tensor of shape {list(tensor.shape)} for {list(shape)}", f"{module} -> {slot.tensor}")
+    if slot.parts == 1 and strength == 1.0 and slot.tensor not in changes.replaced:
+        changes.replaced[slot.tensor] = tensor.reshape(*stored) if same else tensor
+        return
+    if slot.tensor in changes.replaced and changes.replaced[slot.tensor].same_bytes(tensor):
+        return
+    start = slot.part * shape[0]
+    part = Part(Replace(tensor), strength, start, start + shape[0], module)
+    changes.parts.setdefault(slot.tensor, []).append(part)
+
+
+def _agree(table: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    if name in table and not table[name].same_bytes(tensor):
+        raise MatchError("two adapters carry different tensors of one name", name, "merge them one after the other")
+    table[name] = tensor
+
+
+def _settle_tie(changes: Changes, tie: Tie, model: Model) -> None:
+    """Tied weights: one change for both ends keeps the tie (applied once); anything else unties them."""
+    head, embedding = f"{tie.head}.weight", f"{tie.embedding}.weight"
+    if head not in changes.touched and embedding not in changes.touched:
+        return
+    on_disk = head in model.parameters
+    if _same_change(changes, head, embedding):
+        if not on_disk:
+            changes.parts.pop(head, None)
+            changes.replaced.pop(head, None)
+        return
+    if not tie.separable:
+        raise MatchError(
+            f"the adapter changes one end of tied weights, and {tie.head} cannot be untied in this architecture",
+            f"{tie.head} / {tie.embedding}",
+        )
+    changes.untied = tie
+    if not on_disk:
+        changes.added[head] = model.parameters[embedding][0].tensor
+
+
+def _same_change(changes: Changes, one: str, other: str) -> bool:
+    """Whether two tensors get the very same replacement and parts."""
+    first, second = changes.replaced.get(one), changes.replaced.get(other)
+    if (first is None) != (second is None) or (first and second and not first.same_bytes(second)):
+        return False
+    parts, others = changes.parts.get(one, []), changes.parts.get(other, [])
+    return len(parts) == len(others) and all(map(_same_part, parts, others))
+
+
+def _same_part(one: Part, other: Part) -> bool:
+    a, b = one.update, other.update
+    if not isinstance(a, LowRank) or not isinstance(b, LowRank) or a.mid or b.mid:
+        return False
+    if (one.strength, a.scaling, a.shape) != (other.strength, b.scaling, b.shape):
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(_factors(a), _factors(b), strict=True))
+
+
+def _factors(update: LowRank) -> Iterable[np.ndarray]:
+    return update.matrices(Tensor.float)

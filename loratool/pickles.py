@@ -1,0 +1,51 @@
+"""PyTorch pickles, read only on the user's word and then as tensors only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loratool.errors import FormatError
+from loratool.tensors import DTYPES, SafetensorsFile, Tensor, numpy_dtype
+
+_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def looks_pickled(path: Path) -> bool:
+    """Whether the first bytes are those of a pickle or of the zip archive PyTorch wraps it in."""
+    with open(path, "rb") as file:
+        return file.read(4).startswith(_STARTS)
+
+
+def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
+    """The tensors of a state dict saved with ``torch.save``; no code of the file is run.
+
+    Raises FormatError unless ``allowed``, and where anything but tensors is in it.
+    """
+    if not allowed:
+        raise FormatError(
+            "a Python pickle, which can run code when opened",
+            path,
+            "--allow-pickle reads it, its tensors only; better convert it to safetensors",
+        )
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FormatError(f"not a readable pickle of tensors: {first[:200]}", path) from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise FormatError("the pickle holds more than a table of tensors", path)
+    spelling = {d.torch: d.name for d in DTYPES.values()}
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        dtype = spelling.get(str(value.dtype).removeprefix("torch."))
+        if dtype is None or value.layout is not torch.strided:
+            raise FormatError(f"a tensor of dtype {value.dtype}, layout {value.layout}", f"{path}: {name}")
+        raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        tensors[str(name)] = Tensor.of(raw.view(numpy_dtype(dtype)).reshape(tuple(value.shape)))
+    return SafetensorsFile(path, tensors, {}, 0)
+
+

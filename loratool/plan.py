@@ -1,0 +1,447 @@
+"""What will be read, computed and written, tensor by tensor; and the one way to run it.
+
+A plan is a list of independent steps: each output tensor depends on one base tensor and a few updates. It runs in
+row blocks of fixed size on any number of threads, with the same bytes for any number, and holds a few blocks and the
+factors in hand in memory, never a tensor, a shard or a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from loratool.devices import Device, Worker, one_blas_thread
+from loratool.errors import LoratoolError, NumericError
+from loratool.tensors import DTYPES, Tensor, byte_count, numpy_dtype
+from loratool.update import Prepared, Update
+
+BLOCK = 1 << 18  # elements of one row block: a MiB in float32, which stays in cache
+GROUP = 32  # blocks of one task
+
+
+def block_rows(shape: tuple[int, ...]) -> int:
+    """Rows of one block of a tensor: a matter of its shape alone, so that results and hashes are reproducible."""
+    rows = shape[0] if shape else 1
+    row = max(1, int(np.prod(shape[1:], dtype=np.int64)))
+    return max(1, min(rows, BLOCK // row))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One update of one tensor: rows [start, stop) of it, times a strength."""
+
+    update: Update
+    strength: float
+    start: int
+    stop: int
+    module: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output tensor: ``base`` as it is, or with ``parts`` added, stored as ``dtype``."""
+
+    name: str
+    key: str
+    base: Tensor
+    dtype: str
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return self.base.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it will have."""
+        return byte_count(self.dtype, self.shape)
+
+    @property
+    def computes(self) -> bool:
+        """Whether values change; otherwise bytes are copied."""
+        return bool(self.parts) or self.dtype != self.base.dtype
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weight file to write: its tensors in the order of their bytes, and its metadata."""
+
+    name: str
+    steps: tuple[Step, ...]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run will do: weight files to compute, small files to write, files to copy, inputs to hash."""
+
+    outputs: tuple[OutputFile, ...]
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """Every tensor of every file."""
+        return tuple(step for output in self.outputs for step in output.steps)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of base tensors and factors that will be read."""
+        factors = (t.nbytes for s in self.steps for p in s.parts for t in p.update.slots.values())
+        return sum(step.base.nbytes for step in self.steps) + sum(factors)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes that will be written, headers apart."""
+        copied = sum(path.stat().st_size for path in self.copies.values())
+        return sum(step.nbytes for step in self.steps) + copied + sum(map(len, self.documents.values()))
+
+    @property
+    def changed(self) -> Mapping[str, int]:
+        """Elements to compute, by stored dtype."""
+        counts: dict[str, int] = {}
+        for step in self.steps:
+            if step.computes:
+                counts[step.base.dtype] = counts.get(step.base.dtype, 0) + step.base.size
+        return counts
+
+    def peak_memory(self, threads: int) -> int:
+        """A bound of the working memory in bytes: blocks of every thread, and the factors of their tensors."""
+        block = max((_block_bytes(step) for step in self.steps), default=0)
+        factors = sorted((_factor_bytes(step) for step in self.steps), reverse=True)
+        return threads * block + sum(factors[:threads])
+
+
+def _block_bytes(step: Step) -> int:
+    """Memory of one block of a tensor on its way: as stored, in and out, and wide, value and change."""
+    rows = block_rows(step.shape)
+    elements = rows * (step.base.size // max(step.base.rows, 1))
+    stored = elements * (DTYPES[step.base.dtype].bits + DTYPES[step.dtype].bits) // 8
+    return stored + (elements * 4 * 4 if step.computes else 0)
+
+
+def _factor_bytes(step: Step) -> int:
+    """Memory of a tensor's factors in float32: read, and scaled."""
+    sizes = (t.size for p in step.parts for t in p.update.slots.values() if p.update.kind != "full")
+    return 2 * 4 * sum(sizes)
+
+
+@dataclass
+class Tally:
+    """What the blocks of a run add up to."""
+
+    nonzero: int = 0
+    lost: int = 0
+
+    def add(self, nonzero: int, lost: int) -> None:
+        """Count one block."""
+        self.nonzero += nonzero
+        self.lost += lost
+
+    @property
+    def lost_to_rounding(self) -> float:
+        """Share of the non-zero delta entries that did not change the stored value."""
+        return self.lost / self.nonzero if self.nonzero else 0.0
+
+
+class Consumer(Protocol):
+    """What is done with the blocks of the output: written, or compared. Called from several threads."""
+
+    def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
+        """Take the stored values of rows [start, start + len(data)) of one tensor."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found out."""
+
+    hashes: Mapping[str, str]
+    content_hash: str
+    tally: Tally
+
+
+class Run:
+    """A plan under way: iterate to carry it out; each item is a number of bytes done. Then ask ``outcome``."""
+
+    def __init__(self, plan: Plan, consumer: Consumer, device: Device, threads: int) -> None:
+        self.plan, self.consumer, self.device, self.threads = plan, consumer, device, threads
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._prepared: dict[int, _Shared] = {}
+        self._tally = Tally()
+        self._digests: dict[str, dict[int, bytes]] = {}
+        self._hashes: dict[str, str] = {}
+        self._stop = threading.Event()
+
+    def __iter__(self) -> Iterator[int]:
+        with one_blas_thread(), ThreadPoolExecutor(self.threads) as pool:
+            pending: set[Future[int]] = set()
+            tasks = self._tasks()
+            try:
+                for task in tasks:
+                    pending.add(pool.submit(*task))
+                    if len(pending) >= 2 * self.threads:
+                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                        yield sum(future.result() for future in done)
+                while pending:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield sum(future.result() for future in done)
+            finally:
+                self._stop.set()
+                for future in pending:
+                    future.cancel()
+
+    @property
+    def total(self) -> int:
+        """Bytes that the items add up to."""
+        return sum(step.nbytes for step in self.plan.steps) + sum(p.stat().st_size for p in self.plan.inputs.values())
+
+    @property
+    def outcome(self) -> Outcome:
+        """Hashes and counts, once the run is through."""
+        digests = {name: b"".join(d for _, d in sorted(found.items())) for name, found in self._digests.items()}
+        return Outcome(dict(self._hashes), content_hash(self.plan.steps, digests), self._tally)
+
+    def _tasks(self) -> Iterator[tuple[Any, ...]]:
+        """Calls to make, in the order of the files: what hashes a file runs beside what merges it."""
+        waiting = list(self.plan.inputs.items())
+        for output in self.plan.outputs:
+            if waiting:
+                yield self._hash, *waiting.pop(0)
+            for step in output.steps:
+                yield from ((self._group, output, step, start, stop) for start, stop in _groups(step))
+        for name, path in waiting:
+            yield self._hash, name, path
+
+    def _hash(self, name: str, path: Path) -> int:
+        from loratool.hashes import sha256
+
+        self._hashes[name] = sha256(path, self._stop)
+        return path.stat().st_size
+
+    def _group(self, output: OutputFile, step: Step, start: int, stop: int) -> int:
+        """Rows [start, stop) of one tensor, block by block."""
+        worker = self._worker()
+        rows = block_rows(step.shape)
+        shared = self._shared(step) if step.parts else None
+        try:
+            prepared = shared.get(worker) if shared else ()
+            for first in range(start, stop, rows):
+                if self._stop.is_set():
+                    return 0
+                last = min(first + rows, stop)
+                data = self._block(worker, step, prepared, first, last)
+                self._digests.setdefault(step.name, {})[first] = xxhash.xxh3_128_digest(data.view(np.uint8))
+                self.consumer.block(output, step, first, data)
+        finally:
+            self._release(step)
+        return step.nbytes * (stop - start) // max(step.base.rows, 1)
+
+    def _worker(self) -> Worker:
+        if not hasattr(self._local, "worker"):
+            self._local.worker = self.device.worker()
+        return self._local.worker  # type: ignore[no-any-return]
+
+    def _shared(self, step: Step) -> _Shared:
+        with self._lock:
+            return self._prepared.setdefault(id(step), _Shared(step))
+
+    def _release(self, step: Step) -> None:
+        """Forget a tensor's factors after its last group."""
+        with self._lock:
+            shared = self._prepared.get(id(step))
+            if shared and shared.finished():
+                del self._prepared[id(step)]
+
+    def _block(
+        self, worker: Worker, step: Step, prepared: Sequence[Prepared], first: int, last: int
+    ) -> np.ndarray:
+        """The stored values of one block [rows, -1]."""
+        stored = read_block(worker, step.base, first, last)
+        if not step.computes:
+            return stored
+        base = worker.widen(stored)
+        if not step.parts:
+            return checked(worker, base, worker.narrow(base, step.dtype), step)
+        change = _change(step.parts, prepared, first, last, base)
+        nonzero = worker.count_nonzero(change)
+        change += base
+        out = checked(worker, change, worker.narrow(change, step.dtype), step)
+        if out.dtype == stored.dtype:
+            view = f"u{out.dtype.itemsize}"
+            same = int(np.count_nonzero(out.view(view) == stored.view(view)))
+            with self._lock:
+                self._tally.add(nonzero, max(0, same - (change_size(change) - nonzero)))
+        return out
+
+
+def change_size(values: Any) -> int:
+    """Number of elements of a numpy or torch array."""
+    return int(np.prod(tuple(values.shape)))
+
+
+def _change(
+    parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int, base: Any
+) -> Any:
+    """The sum of the deltas of all parts over rows [first, last): shape of ``base``."""
+    total = None
+    for part, update in zip(parts, prepared, strict=True):
+        start, stop = max(first, part.start), min(last, part.stop)
+        if start >= stop:
+            continue
+        delta = update.delta(start - part.start, stop - part.start, base[start - first : stop - first])
+        if (start, stop) == (first, last):
+            total = delta if total is None else total + delta
+        else:  # rows of a fused weight
+            total = base * 0 if total is None else total
+            total[start - first : stop - first] += delta
+    return base * 0 if total is None else total.reshape(base.shape)
+
+
+class _Shared:
+    """The factors of one tensor, loaded by the first thread that needs them and shared by all."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.left = len(list(_groups(step)))
+        self._lock = threading.Lock()
+        self._ready: list[Prepared] | None = None
+
+    def get(self, worker: Worker) -> list[Prepared]:
+        with self._lock:
+            if self._ready is None:
+                ready = [part.update.prepare(worker.load, part.strength) for part in self.step.parts]
+                for part, prepared in zip(self.step.parts, ready, strict=True):
+                    if prepared.scan is not None:
+                        prepared.scan(_walk(worker, self.step.base, part))
+                self._ready = ready
+            return self._ready
+
+    def finished(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def _walk(worker: Worker, base: Tensor, part: Part) -> Iterator[tuple[int, int, Any]]:
+    """The row blocks of the base that one part changes, widened."""
+    rows = block_rows(base.shape)
+    for first in range(part.start, part.stop, rows):
+        last = min(first + rows, part.stop)
+        yield first - part.start, last - part.start, worker.widen(read_block(worker, base, first, last))
+
+
+def read_block(worker: Worker, tensor: Tensor, first: int, last: int) -> np.ndarray:
+    """Rows [first, last) as stored, [rows, -1]; from a file straight into the worker's buffer."""
+    if tensor.region is None:
+        return np.ascontiguousarray(tensor.load(first, last)).reshape(last - first, -1)
+    row = tensor.region.nbytes // max(tensor.rows, 1)
+    data = worker.buffer((last - first) * row)
+    tensor.region.file.read_into(memoryview(data), tensor.region.offset + first * row)
+    if DTYPES[tensor.dtype].bits < 8:
+        return data.reshape(last - first, -1)
+    return data.view(numpy_dtype(tensor.dtype)).reshape(last - first, -1)
+
+
+def checked(worker: Worker, wide: Any, out: np.ndarray, step: Step) -> np.ndarray:
+    """``out``, the rounded values. Raises NumericError when NaN or an infinity is among them."""
+    limit = {"F16": 65504.0, "BF16": 3.38e38, "F32": 3.4e38, "F64": 1e300}.get(step.dtype, 0.0)
+    if worker.magnitude(wide) < limit:  # no element exceeds the norm
+        return out
+    finite = np.isfinite(out.astype(np.float32) if out.dtype.itemsize < 4 else out)
+    if finite.all():
+        return out
+    value = float(np.asarray(out, np.float64)[~finite][0])
+    what = "NaN" if np.isnan(value) else f"overflow of {step.dtype}"
+    modules = ", ".join(part.module for part in step.parts)
+    raise NumericError(f"{what} in the result", step.name, f"changed by {modules}" if modules else "")
+
+
+def _groups(step: Step) -> Iterator[tuple[int, int]]:
+    """Row ranges of the tasks of one tensor."""
+    size = block_rows(step.shape) * GROUP
+    for start in range(0, step.base.rows if step.base.size else 0, size):
+        yield start, min(start + size, step.base.rows)
+
+
+def content_hash(steps: Iterable[Step], digests: Mapping[str, bytes]) -> str:
+    """A hash of names, dtypes, shapes and values that does not depend on how files hold them.
+
+    sha256 over lines sorted by name; values enter as the xxh3-128 digests of their row blocks. It tells whether two
+    outputs hold the same tensors; it is no defence against forgery, for which the sha256 of files are.
+    """
+    lines = {
+        step.name: f"{step.name}\0{step.dtype}\0{list(step.shape)}\0{digests.get(step.name, b'').hex()}\n"
+        for step in steps
+    }
+    return hashlib.sha256("".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
+
+
+class Writer:
+    """Writes the blocks of output files into a folder at known offsets; headers come last."""
+
+    def __init__(self, folder: Path, outputs: Sequence[OutputFile], heads: Mapping[str, int]) -> None:
+        self._offsets: dict[tuple[str, str], int] = {}
+        self._fds: dict[str, int] = {}
+        try:
+            for output in outputs:
+                position = heads[output.name]
+                for step in output.steps:
+                    self._offsets[output.name, step.key] = position
+                    position += step.nbytes
+                self._fds[output.name] = self._create(folder / output.name, position)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _create(path: Path, size: int) -> int:
+        """A file of its final size: space that is not there is missed now, not half-way."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (95, 22, 38):  # a file system without preallocation
+                os.close(fd)
+                raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", path) from None
+            os.ftruncate(fd, size)
+        return fd
+
+    def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
+        """Write rows from ``start`` on."""
+        row = step.nbytes // max(step.base.rows, 1)
+        self.write(output.name, self._offsets[output.name, step.key] + start * row, memoryview(data.view(np.uint8)))
+
+    def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
+        """Write bytes at an offset of one file."""
+        view = memoryview(data).cast("B")
+        while len(view):
+            try:
+                count = os.pwrite(self._fds[name], view, offset)
+            except OSError as error:
+                raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", name) from None
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def thread_count() -> int:
+    """Threads that a run uses: the processors this process may use, at most eight (beyond that I/O is the limit)."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, available))

@@ -1,0 +1,346 @@
+"""Tensors as bytes: dtypes, lazy handles, and safetensors files read and written.
+
+Nothing here imports torch. A `Tensor` is a handle: it knows its dtype and shape and loads rows when asked, so an
+adapter of any size is described in a few kilobytes and a model larger than memory can be walked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 and the float8 types with numpy)
+import numpy as np
+
+from loratool.errors import FormatError, LoratoolError
+from loratool.files import CHUNK, FileBytes, reject_foreign
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+Array = Any  # numpy.ndarray, or torch.Tensor on an accelerator: the algebra uses what both share
+
+
+@dataclass(frozen=True)
+class DType:
+    """One element type: the safetensors spelling, its width, and its names elsewhere."""
+
+    name: str
+    bits: int
+    numpy: str
+    torch: str
+    floating: bool = False
+
+
+DTYPES: Mapping[str, DType] = MappingProxyType(
+    {
+        d.name: d
+        for d in (
+            DType("F64", 64, "float64", "float64", True),
+            DType("F32", 32, "float32", "float32", True),
+            DType("F16", 16, "float16", "float16", True),
+            DType("BF16", 16, "bfloat16", "bfloat16", True),
+            DType("F8_E4M3", 8, "float8_e4m3fn", "float8_e4m3fn", True),
+            DType("F8_E5M2", 8, "float8_e5m2", "float8_e5m2", True),
+            DType("F8_E8M0", 8, "float8_e8m0fnu", "float8_e8m0fnu", True),
+            DType("F4", 4, "", "float4_e2m1fn_x2", True),
+            DType("C64", 64, "complex64", "complex64"),
+            DType("I64", 64, "int64", "int64"),
+            DType("I32", 32, "int32", "int32"),
+            DType("I16", 16, "int16", "int16"),
+            DType("I8", 8, "int8", "int8"),
+            DType("U64", 64, "uint64", "uint64"),
+            DType("U32", 32, "uint32", "uint32"),
+            DType("U16", 16, "uint16", "uint16"),
+            DType("U8", 8, "uint8", "uint8"),
+            DType("BOOL", 8, "bool", "bool"),
+        )
+    }
+)
+_BY_NUMPY = {d.numpy: d.name for d in DTYPES.values() if d.numpy}
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights and factors may be stored in and computed from
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a safetensors dtype name. Raises FormatError where numpy has none."""
+    dtype = DTYPES[name]
+    if not dtype.numpy:
+        raise FormatError(f"values of dtype {name} cannot be read", hint="only copying is supported")
+    return np.dtype(dtype.numpy)
+
+
+def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor (sub-byte types are packed)."""
+    return math.prod(shape) * DTYPES[dtype].bits // 8
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where a tensor's bytes lie in a file."""
+
+    file: FileBytes
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A lazy handle of one tensor.
+
+    ``load(start, stop)`` gives rows ``[start, stop)`` of the first axis as a numpy array in the stored dtype
+    (a scalar counts as one row). ``region`` is set where the stored bytes lie in a file just as they are.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    load: Callable[[int, int], np.ndarray] = field(repr=False, compare=False)
+    region: Region | None = field(default=None, repr=False, compare=False)
+
+    @staticmethod
+    def of(values: Any, dtype: str | None = None) -> Tensor:
+        """A handle of an array in memory, stored as ``dtype`` (default: the array's own)."""
+        array = np.asarray(values)
+        if dtype is not None:
+            array = array.astype(numpy_dtype(dtype))
+        name = _BY_NUMPY.get(array.dtype.name)
+        if name is None:
+            raise FormatError(f"dtype {array.dtype} has no safetensors spelling")
+        rows = array if array.ndim else array.reshape(1)
+        return Tensor(name, array.shape, lambda start, stop: rows[start:stop])
+
+    @staticmethod
+    def stored(dtype: str, shape: tuple[int, ...], region: Region) -> Tensor:
+        """A handle of a tensor in a file."""
+        count = shape[0] if shape else 1
+        row = region.nbytes // count if count else 0
+
+        def load(start: int, stop: int) -> np.ndarray:
+            data = region.file.read(region.offset + start * row, (stop - start) * row)
+            return np.frombuffer(data, numpy_dtype(dtype)).reshape(stop - start, *shape[1:])
+
+        return Tensor(dtype, shape, load, region)
+
+    @property
+    def rows(self) -> int:
+        """Length of the first axis (1 for a scalar)."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return byte_count(self.dtype, self.shape)
+
+    def array(self) -> np.ndarray:
+        """The whole tensor in its stored dtype."""
+        return self.load(0, self.rows).reshape(self.shape)
+
+    def float(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows ``[start, stop)`` in float32 (float64 where stored so)."""
+        values = self.load(start, self.rows if stop is None else stop)
+        return values if values.dtype == np.float64 else values.astype(np.float32)
+
+    def item(self) -> float:
+        """The value of a tensor of one element, whatever its dtype or shape."""
+        if self.size != 1:
+            raise FormatError(f"one value expected, found shape {list(self.shape)}")
+        return float(self.array().reshape(-1)[0])
+
+    @property
+    def T(self) -> Tensor:  # noqa: N802  (numpy's and torch's own spelling)
+        """The transposed matrix [o,i] -> [i,o]."""
+        rows, columns = self.shape
+        return Tensor(
+            self.dtype,
+            (columns, rows),
+            lambda start, stop: np.ascontiguousarray(self.array()[:, start:stop].T),
+        )
+
+    def reshape(self, *shape: int) -> Tensor:
+        """The same values under another shape of as many elements."""
+        if math.prod(shape) != self.size:
+            raise FormatError(f"cannot view shape {list(self.shape)} as {list(shape)}")
+        if shape == self.shape:
+            return self
+        whole = lambda start, stop: self.array().reshape(shape)[start:stop]  # noqa: E731
+        return Tensor(self.dtype, shape, whole, self.region)
+
+    def cast(self, dtype: str) -> Tensor:
+        """The same values stored as ``dtype``, rounded once to nearest even."""
+        if dtype == self.dtype:
+            return self
+        to = numpy_dtype(dtype)
+
+        def load(start: int, stop: int) -> np.ndarray:
+            with np.errstate(over="ignore"):
+                return self.load(start, stop).astype(to)
+
+        return Tensor(dtype, self.shape, load)
+
+    def same_bytes(self, other: Tensor) -> bool:
+        """Whether dtype, shape and every stored byte agree."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        return self.array().tobytes() == other.array().tobytes()
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """An opened safetensors file: its tensors by name, in the order of their bytes, and its metadata."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_safetensors(path: Path) -> SafetensorsFile:
+    """Open a safetensors file: header only, fully checked.
+
+    Raises FormatError for anything the format forbids: foreign, truncated or oversized files, unknown dtypes,
+    sizes that disagree with shapes, holes, overlaps, duplicate names. Source: safetensors format specification.
+    """
+    source = FileBytes(path)
+    try:
+        header, start = _header(source)
+    except OSError as error:
+        raise LoratoolError(f"cannot read: {error.strerror}", path) from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError("metadata is not a table of strings", path)
+    tensors = {name: _entry(name, entry, source, start) for name, entry in header.items()}
+    ordered = dict(sorted(tensors.items(), key=lambda kv: (_region(kv[1]).offset, kv[1].nbytes)))
+    _check_layout(ordered, source, start)
+    return SafetensorsFile(path, ordered, metadata, start)
+
+
+def _header(source: FileBytes) -> tuple[dict[str, Any], int]:
+    """The parsed header and the offset of the data behind it."""
+    path, size = source.path, source.size
+    head = bytes(source.read(0, min(size, 64)))
+    reject_foreign(head, path)
+    length = int.from_bytes(head[:8], "little")
+    if size < 10 or head[8:9] != b"{":
+        raise FormatError("not a safetensors file", path)
+    if length > MAX_HEADER:
+        raise FormatError(f"header of {length:,} bytes is over the limit of {MAX_HEADER:,}", path)
+    if 8 + length > size:
+        raise FormatError("truncated: the file ends inside its header", path, "fetch or copy it again")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return table
+
+    try:
+        header = json.loads(source.read(8, length).decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"malformed safetensors header: {error}", path) from None
+    if not isinstance(header, dict):
+        raise FormatError("malformed safetensors header: not a table", path)
+    return header, 8 + length
+
+
+def _entry(name: str, entry: Any, source: FileBytes, start: int) -> Tensor:
+    """One tensor of the header, checked."""
+    where = f"{source.path}: {name}"
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise FormatError("malformed safetensors entry", where) from None
+    if dtype not in DTYPES:
+        raise FormatError(f"unknown dtype {dtype!r}", where)
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)) or len(shape) > 16:
+        raise FormatError("malformed safetensors entry: shape or offsets are no sizes", where)
+    bits = math.prod(shape) * DTYPES[dtype].bits
+    if bits % 8 or end - begin != bits // 8:
+        raise FormatError(f"{end - begin:,} bytes do not hold {dtype} {list(shape)}", where)
+    return Tensor.stored(dtype, shape, Region(source, start + begin, end - begin))
+
+
+def _region(tensor: Tensor) -> Region:
+    assert tensor.region is not None
+    return tensor.region
+
+
+def _check_layout(tensors: Mapping[str, Tensor], source: FileBytes, start: int) -> None:
+    """Tensors must follow each other without hole or overlap up to the end of the file."""
+    position = start
+    for name, tensor in tensors.items():
+        if _region(tensor).offset != position:
+            raise FormatError("tensors overlap or leave a hole", f"{source.path}: {name}")
+        position += tensor.nbytes
+    if position > source.size:
+        missing = position - source.size
+        raise FormatError(f"truncated: {missing:,} bytes are missing", source.path, "fetch or copy it again")
+    if position < source.size:
+        raise FormatError(f"{source.size - position:,} bytes follow the last tensor", source.path)
+
+
+def header_bytes(entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file (length, JSON, padding to 8 bytes) for tensors laid out in this order."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, dtype, shape in entries:
+        end = position + byte_count(dtype, shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise LoratoolError(f"the header would be {len(text):,} bytes, over the limit of {MAX_HEADER:,}")
+    return len(text).to_bytes(8, "little") + text
+
+
+def canonical_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The order in which the safetensors library writes: widest dtype first, then by name."""
+    rank = {name: i for i, name in enumerate(_ALIGNMENT)}
+    return dict(sorted(tensors.items(), key=lambda kv: (rank[kv[1].dtype], kv[0])))
+
+
+# safetensors sorts by its own enum of dtypes, descending; equal widths keep the enum's order
+_ALIGNMENT = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL"),
+)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Write a safetensors file, streamed tensor by tensor in the canonical order; bytes written.
+
+    The same tensors and metadata give the same bytes as the safetensors library.
+    """
+    ordered = canonical_order(tensors)
+    head = header_bytes(((n, t.dtype, t.shape) for n, t in ordered.items()), metadata)
+    try:
+        with open(path, "xb") as file:
+            file.write(head)
+            for tensor in ordered.values():
+                _write_tensor(file, tensor)
+            return file.tell()
+    except OSError as error:
+        raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", path) from None
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+    """Append a tensor's bytes, a few MiB of rows at a time."""
+    if tensor.size == 0:
+        return
+    if tensor.region is not None:
+        for begin in range(0, tensor.nbytes, CHUNK):
+            count = min(CHUNK, tensor.nbytes - begin)
+            file.write(tensor.region.file.read(tensor.region.offset + begin, count))
+        return
+    step = max(1, CHUNK * tensor.rows // max(tensor.nbytes, 1))
+    for start in range(0, tensor.rows, step):
+        rows = tensor.load(start, min(start + step, tensor.rows))
+        file.write(np.ascontiguousarray(rows).tobytes())

@@ -1,0 +1,410 @@
+"""The algebra: what an adapter does to one weight.
+
+An `Update` changes a weight ``W`` into ``W'``. The additive kinds have a fixed delta; the others (DoRA) need the base
+weight. Axis letters: o out, i in, r rank, k kernel. Deltas are computed in float32 or wider, scaling included, by
+blocks of rows of the weight *as the base stores it*, flattened to ``[rows, -1]``, so no weight is ever needed whole.
+
+The arithmetic is written in the operations that numpy and torch share; which of them runs is decided by the `Load`
+that turns stored factors into arrays.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from loratool.errors import FormatError, MatchError, NumericError
+from loratool.tensors import Array, Tensor
+
+Load = Callable[[Tensor], Array]  # a stored tensor -> float32 (or float64) array on the computing device
+Layer = Literal["plain", "transposed", "embedding"]
+"""How a layer stores its weight: ``up @ down`` itself; its transpose (HF Conv1D); or a table of rows (Embedding,
+whose factors are held in the base's orientation: up [entries, r], down [r, dim])."""
+
+
+def namespace(array: Array) -> Any:
+    """numpy or torch, whichever ``array`` belongs to."""
+    return np if isinstance(array, np.ndarray) else sys.modules["torch"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An update whose factors are loaded: asks for row blocks, any number of times, from any thread.
+
+    ``delta(start, stop, base)`` gives rows [start, stop) of strength x (W' - W) as ``[rows, -1]``; ``base`` holds those
+    rows of W flattened alike (ignored by additive kinds). Where ``scan`` is set, it must first be given every
+    ``(start, stop, base)`` block once, in order.
+    """
+
+    delta: Callable[[int, int, Array | None], Array]
+    scan: Callable[[Iterable[tuple[int, int, Array]]], None] | None = None
+
+
+class Update(ABC):
+    """What an adapter does to one weight. ``shape`` is that of the weight, as the base stores it."""
+
+    needs_base = True
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The name of the kind in reports: ``lora``, ``dora``, ``full``, ..."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight it changes, in the base's orientation."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> Mapping[str, Tensor]:
+        """The stored tensors by slot name (``down``, ``up``, ``magnitude``, ...)."""
+
+    @abstractmethod
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        """Load what the blocks need; ``strength`` multiplies the change W' - W."""
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of the factors, where there is one."""
+        return None
+
+    @property
+    def alpha(self) -> float | None:
+        """alpha as stored, where there is one."""
+        return None
+
+    @property
+    def scaling(self) -> float:
+        """What multiplies the product of the factors."""
+        return 1.0
+
+    def apply(self, base: Array, strength: float = 1.0) -> Array:
+        """W + strength x (W' - W) for a whole weight, in float32 or wider (for tests and small weights)."""
+        flat = base.reshape(base.shape[0], -1)
+        prepared = self.prepare(Tensor.float, strength)
+        if prepared.scan is not None:
+            prepared.scan([(0, len(flat), flat)])
+        return (flat + prepared.delta(0, len(flat), flat)).reshape(base.shape)
+
+
+class Additive(Update):
+    """An update with a fixed delta: W' = W + delta."""
+
+    needs_base = False
+
+    def delta(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of the delta, scaling included: shape [rows, *rest], float32 or wider."""
+        stop = self.shape[0] if stop is None else stop
+        block = self.prepare(Tensor.float).delta(start, stop, None)
+        return np.asarray(block).reshape(stop - start, *self.shape[1:])
+
+    @abstractmethod
+    def scaled(self, by: float) -> Additive:
+        """The update whose delta is ``by`` times this one's."""
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """An exact (up [o,r], down [r,i*k]) pair of the delta, scaling folded into up; None where there is none."""
+        return None
+
+    def __add__(self, other: Additive) -> Additive:
+        return Sum((self, other))
+
+
+@dataclass(frozen=True)
+class LowRank(Additive):
+    """LoRA: delta = scaling x up @ down (Hu et al. 2021), convolutions and Tucker cores included.
+
+    down [r,i,*k] (or [r,i,*1] below a mid), up [o,r] (or [o,r,*1]), mid [r,r,*k] or None. ``alpha`` is kept as
+    stored (None: scaling 1). Raises FormatError when the shapes do not chain.
+    """
+
+    down: Tensor
+    up: Tensor
+    mid: Tensor | None = None
+    alpha: float | None = None  # type: ignore[assignment]
+    rank_stabilised: bool = False
+    layer: Layer = "plain"
+
+    def __post_init__(self) -> None:
+        down, up = self.down.shape, self.up.shape
+        if len(down) < 2 or len(up) < 2 or math.prod(up[2:]) != 1 or 0 in (*down, *up):
+            raise FormatError(f"factors of shapes down {list(down)} and up {list(up)} are no LoRA pair")
+        inner = (self.mid.shape[1], self.mid.shape[0]) if self.mid is not None else (down[0], down[0])
+        if (down[0], up[1]) != inner:
+            raise FormatError(f"rank mismatch: down {list(down)}, up {list(up)}")
+        if self.layer != "plain" and len(down) != 2:
+            raise FormatError(f"a convolution cannot be stored as {self.layer}")
+
+    @property
+    def kind(self) -> str:
+        return "lora"
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023), 1 without alpha."""
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        kernel = (self.mid or self.down).shape[2:]
+        out, inner = self.up.shape[0], self.down.shape[1]
+        return (inner, out) if self.layer == "transposed" else (out, inner, *kernel)
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        pair = {"down": self.down, "up": self.up}
+        return pair if self.mid is None else {**pair, "mid": self.mid}
+
+    def matrices(self, load: Load) -> tuple[Array, Array]:
+        """up [o,r] and down [r,i*k] without scaling, in the base's orientation."""
+        up = load(self.up).reshape(self.up.shape[:2])
+        down = load(self.down).reshape(self.down.shape[0], -1)
+        if self.mid is not None:  # down'[m,i,k] = sum_n mid[m,n,k] down[n,i]
+            core = load(self.mid).reshape(*self.mid.shape[:2], -1)
+            down = namespace(down).einsum("mnk,ni->mik", core, down).reshape(core.shape[0], -1)
+        if self.layer == "transposed":
+            up, down = down.T, up.T
+        return up, down
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        up, down = self.matrices(load)
+        up = up * (self.scaling * strength)
+        return Prepared(lambda start, stop, base: up[start:stop] @ down)
+
+    def scaled(self, by: float) -> LowRank:
+        alpha = self.alpha if self.alpha is not None else self.scaling * float(self.rank)
+        return replace(self, alpha=alpha * by)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        up, down = self.matrices(Tensor.float)
+        return up * self.scaling, down
+
+    def oriented(self, layer: Layer) -> LowRank:
+        """The same factors for a base that stores its weight as ``layer``."""
+        return replace(self, layer=layer)
+
+
+@dataclass(frozen=True)
+class Dense(Additive):
+    """A delta stored whole: delta = scaling x value, of the weight's own shape (also the bias a LoRA learned)."""
+
+    value: Tensor
+    scaling: float = 1.0  # type: ignore[assignment]
+    kind: str = "full"  # type: ignore[assignment]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {"value": self.value}
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        by = self.scaling * strength
+
+        def delta(start: int, stop: int, base: Array | None) -> Array:
+            rows = Tensor(
+                self.value.dtype,
+                (stop - start, *self.value.shape[1:]),
+                lambda a, b: self.value.load(start + a, start + b),
+            )
+            return load(rows).reshape(stop - start, -1) * by
+
+        return Prepared(delta)
+
+    def scaled(self, by: float) -> Dense:
+        return replace(self, scaling=self.scaling * by)
+
+
+@dataclass(frozen=True)
+class Sum(Additive):
+    """Several additive updates of one weight (a module that occurs twice)."""
+
+    parts: tuple[Additive, ...]
+
+    def __post_init__(self) -> None:
+        shapes = {trimmed(part.shape) for part in self.parts}
+        if len(shapes) != 1:
+            raise MatchError(f"updates of one weight differ in shape: {sorted(map(list, shapes))}")
+
+    @property
+    def kind(self) -> str:
+        return self.parts[0].kind
+
+    @property
+    def rank(self) -> int | None:
+        ranks = [part.rank for part in self.parts]
+        return None if None in ranks else sum(r for r in ranks if r is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {f"{n}.{slot}": t for n, part in enumerate(self.parts) for slot, t in part.slots.items()}
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        first, *rest = [part.prepare(load, strength) for part in self.parts]
+
+        def delta(start: int, stop: int, base: Array | None) -> Array:
+            total = first.delta(start, stop, base)
+            for part in rest:
+                total = total + part.delta(start, stop, base)
+            return total
+
+        return Prepared(delta)
+
+    def scaled(self, by: float) -> Sum:
+        return Sum(tuple(part.scaled(by) for part in self.parts))
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray] | None:
+        pairs = [part.factors() for part in self.parts]
+        known = [pair for pair in pairs if pair is not None]
+        if len(known) < len(pairs):
+            return None
+        ups, downs = zip(*known, strict=True)
+        return np.concatenate(ups, axis=1), np.concatenate(downs, axis=0)
+
+
+@dataclass(frozen=True)
+class DoRA(Update):
+    """DoRA: W' = magnitude x V / ||V||, V = W + delta (Liu et al. 2024).
+
+    ``axis`` says for what the norms stand, in terms of the factors: 0 each output, 1 each input (LyCORIS' older
+    convention; also each dimension of an Embedding). ``magnitude`` holds as many values, whatever its shape.
+    """
+
+    direction: LowRank
+    magnitude: Tensor
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        pair = (self.direction.up.shape[0], self.direction.down.shape[1])
+        if self.magnitude.size != pair[self.axis]:
+            raise FormatError(
+                f"magnitude of shape {list(self.magnitude.shape)} does not fit {pair[self.axis]} "
+                f"{'inputs' if self.axis else 'outputs'}"
+            )
+
+    @property
+    def kind(self) -> str:
+        return "dora"
+
+    @property
+    def rank(self) -> int:
+        return self.direction.rank
+
+    @property
+    def alpha(self) -> float | None:
+        return self.direction.alpha
+
+    @property
+    def scaling(self) -> float:
+        return self.direction.scaling
+
+    @property
+    def layer(self) -> Layer:
+        """How the base stores the weight."""
+        return self.direction.layer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.direction.shape
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {**self.direction.slots, "magnitude": self.magnitude}
+
+    def oriented(self, layer: Layer) -> DoRA:
+        """The same update for a base that stores its weight as ``layer``."""
+        return replace(self, direction=self.direction.oriented(layer))
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        direction = self.direction.prepare(load)
+        magnitude = load(self.magnitude).reshape(-1)
+        stored_axis = 1 - self.axis if self.direction.layer == "transposed" else self.axis
+        if stored_axis == 0:
+            return Prepared(lambda *block: _rescaled_rows(direction, magnitude, strength, *block))
+        return _by_column(direction, magnitude, strength, self.shape[1])
+
+
+def _rescaled_rows(
+    direction: Prepared, magnitude: Array, strength: float, start: int, stop: int, base: Array | None
+) -> Array:
+    """DoRA where each stored row has its own norm: the block suffices."""
+    value = base + direction.delta(start, stop, base)  # [rows, -1]
+    norm = (value * value).sum(-1) ** 0.5
+    _check_norm(norm)
+    return (value * (magnitude[start:stop] / norm)[:, None] - base) * strength
+
+
+def _by_column(direction: Prepared, magnitude: Array, strength: float, columns: int) -> Prepared:
+    """DoRA where the norms run over stored columns: a first pass sums the squares."""
+    gain: list[Array] = []
+
+    def scan(blocks: Iterable[tuple[int, int, Array]]) -> None:
+        total: Array = 0
+        for start, stop, base in blocks:
+            value = (base + direction.delta(start, stop, base)).reshape(stop - start, columns, -1)
+            xp = namespace(value)
+            square = value.astype(xp.float64) if xp is np else value.double()
+            total = total + (square * square).sum(-1).sum(0)  # [columns], float64
+        norm = total**0.5
+        _check_norm(norm)
+        wide = namespace(norm).asarray(magnitude) / norm
+        gain[:] = [wide.astype(magnitude.dtype) if namespace(wide) is np else wide.to(magnitude.dtype)]
+
+    def delta(start: int, stop: int, base: Array | None) -> Array:
+        value = (base + direction.delta(start, stop, base)).reshape(stop - start, columns, -1)
+        return ((value * gain[0][None, :, None]).reshape(stop - start, -1) - base) * strength
+
+    return Prepared(delta, scan)
+
+
+def _check_norm(norm: Array) -> None:
+    """An all-zero row or column has no direction: 0/0."""
+    if not bool((norm > 0).all()):
+        raise NumericError("DoRA divides by the norm of an all-zero row", hint="the base or the adapter is damaged")
+
+
+def as_low_rank(update: Update) -> LowRank | None:
+    """The same delta as one LoRA without a Tucker core, exactly; None where there is no such form.
+
+    A core is folded into down and several LoRAs are concatenated, in float32; a plain LoRA stays as it is.
+    """
+    parts = update.parts if isinstance(update, Sum) else (update,)
+    lows = [part for part in parts if isinstance(part, LowRank)]
+    layers = {low.layer for low in lows}
+    if len(lows) < len(parts) or len(layers) != 1:
+        return None
+    if len(lows) == 1 and lows[0].mid is None:
+        return lows[0]
+    layer = layers.pop()
+    held: Layer = "plain" if layer == "transposed" else layer  # the orientation in which factors are held
+    ups, downs = zip(*(low.oriented(held).factors() for low in lows), strict=True)
+    up, down = np.concatenate(ups, axis=1), np.concatenate(downs, axis=0)  # [o,r], [r,i*k]
+    shape = lows[0].oriented("plain").shape
+    return LowRank(Tensor.of(down.reshape(len(down), *shape[1:])), Tensor.of(up), layer=layer)
+
+
+def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` without trailing ones past the second axis: a 1x1 convolution is a matrix."""
+    end = len(shape)
+    while end > 2 and shape[end - 1] == 1:
+        end -= 1
+    return shape[:end]
