@@ -18,22 +18,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 
 from loratool.devices import Device, Worker, one_blas_thread
 from loratool.errors import LoratoolError, NumericError
-from loratool.tensors import DTYPES, Tensor, byte_count, numpy_dtype
+from loratool.tensors import (
+    DTYPES,
+    Tensor,
+    block_digest,
+    block_rows,
+    byte_count,
+    content_hash,
+    numpy_dtype,
+)
 from loratool.update import Prepared, Update
 
-BLOCK = 1 << 18  # elements of one row block: a MiB in float32, which stays in cache
 GROUP = 32  # blocks of one task
-
-
-def block_rows(shape: tuple[int, ...]) -> int:
-    """Rows of one block of a tensor: a matter of its shape alone, so that results and hashes are reproducible."""
-    rows = shape[0] if shape else 1
-    row = max(1, int(np.prod(shape[1:], dtype=np.int64)))
-    return max(1, min(rows, BLOCK // row))
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ class Run:
     def outcome(self) -> Outcome:
         """Hashes and counts, once the run is through."""
         digests = {name: b"".join(d for _, d in sorted(found.items())) for name, found in self._digests.items()}
-        return Outcome(dict(self._hashes), content_hash(self.plan.steps, digests), self._tally)
+        return Outcome(dict(self._hashes), content_hash((s.name, s.dtype, s.shape, digests.get(s.name, b"")) for s in self.plan.steps), self._tally)
 
     def _tasks(self) -> Iterator[tuple[Any, ...]]:
         """Calls to make, in the order of the files: what hashes a file runs beside what merges it."""
@@ -244,7 +243,7 @@ class Run:
                     return 0
                 last = min(first + rows, stop)
                 data = self._block(worker, step, prepared, first, last)
-                self._digests.setdefault(step.name, {})[first] = xxhash.xxh3_128_digest(data.view(np.uint8))
+                self._digests.setdefault(step.name, {})[first] = block_digest(data)
                 self.consumer.block(output, step, first, data)
         finally:
             self._release(step)
@@ -374,19 +373,6 @@ def _groups(step: Step) -> Iterator[tuple[int, int]]:
     size = block_rows(step.shape) * GROUP
     for start in range(0, step.base.rows if step.base.size else 0, size):
         yield start, min(start + size, step.base.rows)
-
-
-def content_hash(steps: Iterable[Step], digests: Mapping[str, bytes]) -> str:
-    """A hash of names, dtypes, shapes and values that does not depend on how files hold them.
-
-    sha256 over lines sorted by name; values enter as the xxh3-128 digests of their row blocks. It tells whether two
-    outputs hold the same tensors; it is no defence against forgery, for which the sha256 of files are.
-    """
-    lines = {
-        step.name: f"{step.name}\0{step.dtype}\0{list(step.shape)}\0{digests.get(step.name, b'').hex()}\n"
-        for step in steps
-    }
-    return hashlib.sha256("".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
 
 class Writer:

@@ -6,6 +6,7 @@ adapter of any size is described in a few kilobytes and a model larger than memo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,10 +18,12 @@ from typing import Any, BinaryIO
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and the float8 types with numpy)
 import numpy as np
+import xxhash
 
 from loratool.errors import FormatError, LoratoolError
 from loratool.files import CHUNK, FileBytes, reject_foreign
 
+CONTENT_HASH = "loratool.content_hash"  # metadata: set by `write_safetensors`
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 Array = Any  # numpy.ndarray, or torch.Tensor on an accelerator: the algebra uses what both share
 
@@ -192,6 +195,37 @@ class Tensor:
         return self.array().tobytes() == other.array().tobytes()
 
 
+BLOCK = 1 << 18  # elements of one row block: a MiB in float32, which stays in cache
+
+
+def block_rows(shape: tuple[int, ...]) -> int:
+    """Rows of one block of a tensor: a matter of its shape alone, so that results and hashes are reproducible."""
+    rows = shape[0] if shape else 1
+    return max(1, min(rows, BLOCK // max(1, math.prod(shape[1:]))))
+
+
+def block_digest(values: np.ndarray) -> bytes:
+    """The xxh3-128 digest of a block's stored bytes."""
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+
+
+def digest(tensor: Tensor) -> bytes:
+    """The digests of a tensor's row blocks, one after the other."""
+    step = block_rows(tensor.shape)
+    starts = range(0, tensor.rows if tensor.size else 0, step)
+    return b"".join(block_digest(tensor.load(n, min(n + step, tensor.rows))) for n in starts)
+
+
+def content_hash(entries: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:
+    """A hash of names, dtypes, shapes and values that does not depend on how files hold them.
+
+    ``entries`` are (name, dtype, shape, digest). sha256 over one line for each, sorted by name. It tells whether two
+    outputs hold the same tensors; it is no defence against forgery, for which the sha256 of files are.
+    """
+    lines = sorted(f"{name}\0{dtype}\0{list(shape)}\0{found.hex()}\n" for name, dtype, shape, found in entries)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class SafetensorsFile:
     """An opened safetensors file: its tensors by name, in the order of their bytes, and its metadata."""
@@ -317,9 +351,13 @@ _ALIGNMENT = (
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
     """Write a safetensors file, streamed tensor by tensor in the canonical order; bytes written.
 
-    The same tensors and metadata give the same bytes as the safetensors library.
+    The same tensors and metadata give the same bytes as the safetensors library. An empty ``CONTENT_HASH`` in the
+    metadata is filled in.
     """
     ordered = canonical_order(tensors)
+    if metadata.get(CONTENT_HASH) == "":
+        found = content_hash((n, t.dtype, t.shape, digest(t)) for n, t in ordered.items())
+        metadata = {**metadata, CONTENT_HASH: found}
     head = header_bytes(((n, t.dtype, t.shape) for n, t in ordered.items()), metadata)
     try:
         with open(path, "xb") as file:

@@ -41,10 +41,12 @@ def identify(modules: Mapping[str, Shape]) -> Architecture | None:
     shape wins; then what also has the same number of axes (proj_in is a convolution in 1.x only); then what
     would be written the same way (LDM names: XL); then the first.
     """
-    best = max(ARCHITECTURES, key=lambda known: _evidence(known, modules))
-    fitting = _evidence(best, modules)[0]
-    unets = sum(name.startswith("unet.") for name in _resolved(best, modules).values())
-    strangers = len(modules) - len(_resolved(best, modules))
+    resolved = {known: _resolved(known, modules) for known in ARCHITECTURES}
+    evidence = {known: _evidence(known, modules, resolved[known]) for known in ARCHITECTURES}
+    best = max(ARCHITECTURES, key=lambda known: evidence[known])
+    fitting = evidence[best][0]
+    unets = sum(name.startswith("unet.") for name in resolved[best].values())
+    strangers = len(modules) - len(resolved[best])
     # The text encoders alone are shared with other families (CLIP of FLUX): the rest must not be foreign.
     return best if 2 * fitting > len(modules) and strangers <= unets else None
 
@@ -61,12 +63,12 @@ def _resolved(known: Architecture, modules: Mapping[str, Shape]) -> dict[str, st
     return {raw: name for raw, name in resolved if name}
 
 
-def _evidence(known: Architecture, modules: Mapping[str, Shape]) -> tuple[int, int, int]:
+def _evidence(
+    known: Architecture, modules: Mapping[str, Shape], resolved: Mapping[str, str]
+) -> tuple[int, int, int]:
     """How many modules fit by name and shape; how many of these have the very shape; and the very name."""
     shapes, kohya = known.shapes(), known.kohya().forward
-    fitting = [
-        (raw, name) for raw, name in _resolved(known, modules).items() if agree(modules[raw], shapes[name])
-    ]
+    fitting = [(raw, name) for raw, name in resolved.items() if agree(modules[raw], shapes[name])]
     exact = sum(modules[raw] == shapes[name] for raw, name in fitting)
     return len(fitting), exact, sum(raw == kohya[name] for raw, name in fitting)
 

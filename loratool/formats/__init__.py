@@ -6,8 +6,6 @@ Adding one: a file whose docstring is its specification, an entry in `FORMATS`, 
 from __future__ import annotations
 
 import re
-from pathlib import Path
-
 from loratool.adapter import Adapter, Loss
 from loratool.errors import FormatError, LossError, UsageError
 from loratool.formats import diffusers, kohya, peft, raw
@@ -69,18 +67,14 @@ def read_adapter(evidence: Evidence, format: str | None = None) -> Adapter:
     return chosen.read(evidence)
 
 
-def write_adapter(adapter: Adapter, path: Path, format: Format, allow_loss: bool = False) -> list[Loss]:
-    """Write ``adapter`` to ``path``, which does not exist; what was lost.
-
-    Raises LossError, before anything is written, when the format cannot say everything.
-    """
+def check_losses(adapter: Adapter, format: Format, allow_loss: bool = False) -> list[Loss]:
+    """What ``format`` cannot say of ``adapter``. Raises LossError unless ``allow_loss``."""
     losses = format.losses(adapter)
     if losses and not allow_loss:
         raise LossError(
             f"{format.name} cannot say {len(losses)} of {len(adapter.updates) + len(adapter.carried)} parts",
-            "; ".join(str(loss) for loss in losses[:3]) + ("; ..." if len(losses) > 3 else ""),
+            "; ".join(str(loss) for loss in losses),
             "--allow-loss writes it without them",
             [str(loss) for loss in losses],
         )
-    format.write(adapter, path)
     return losses

@@ -9,12 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from loratool.adapter import Adapter, Loss, is_bias
+from loratool.adapter import Adapter, Loss
 from loratool.errors import FormatError
 from loratool.files import check_link, existing, inside, read_json
 from loratool.pickles import looks_pickled, read_pickle
 from loratool.tensors import SafetensorsFile, Tensor, canonical_order, header_bytes, read_safetensors
-from loratool.update import Update
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
@@ -99,30 +98,10 @@ class Format:
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash")  # of kohya-ss/sd-scripts: made anew
 _STALE = ("modelspec.hash_sha256",)
 _LEGACY = (0x100000, 0x110000)  # the bytes of the file that the legacy hash looks at
-_SPREAD = 50.0  # scalings of one file that differ by more than this are worth a word
-
-
-def odd(updates: Mapping[str, Update]) -> list[str]:
-    """What is odd about the scalings of one file: an alpha of 0, scalings that differ wildly."""
-    lows = {name: u for name, u in updates.items() if u.rank is not None and not is_bias(name)}
-    zero = sum(u.alpha == 0 for u in lows.values())
-    scalings = [abs(u.scaling) for u in lows.values() if u.scaling]
-    found = []
-    if zero:
-        found.append(
-            f"alpha is stored as 0 for {zero} of {len(lows)} modules, which makes them do nothing; some trainers "
-            "write 0 for an alpha as large as the rank"
-        )
-    if scalings and max(scalings) > _SPREAD * min(scalings):
-        found.append(
-            f"alpha / rank varies from {min(scalings):.4g} to {max(scalings):.4g} within the file: an alpha may "
-            "belong to another rank"
-        )
-    return found
 
 
 def kept(strings: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Metadata of a source for a file of these ``tensors``: hashes are made anew where there were some, or dropped."""
+    """The metadata of a source for a file of these ``tensors``: hashes are made anew, or dropped."""
     found = {key: value for key, value in strings.items() if key not in _STALE}
     if any(key in found for key in _HASHES):
         anew = dict(zip(_HASHES, _sshs(found, tensors), strict=True))
@@ -131,11 +110,15 @@ def kept(strings: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 def _sshs(strings: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """kohya-ss/sd-scripts' two hashes: of the data, and of 64 KiB at 1 MiB of a file with the ``ss_`` metadata only."""
+    """kohya-ss/sd-scripts' two hashes of a file.
+
+    Of all its data; and of the 64 KiB at 1 MiB of a file with the ``ss_`` part of the metadata only.
+    """
     ordered = canonical_order(tensors)
     own = {key: value for key, value in strings.items() if key.startswith("ss_")}
-    position = len(header_bytes(((name, t.dtype, t.shape) for name, t in ordered.items()), own))
-    model, legacy = hashlib.sha256(), hashlib.sha256()
+    head = header_bytes(((name, t.dtype, t.shape) for name, t in ordered.items()), own)
+    model, legacy = hashlib.sha256(), hashlib.sha256(head[slice(*_LEGACY)])
+    position = len(head)
     for tensor in ordered.values():
         data = tensor.array().tobytes()
         model.update(data)

@@ -348,3 +348,40 @@ def peak_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe(merge: Merge, out: str | Path, device: str) -> dict[str, Any]:
+    """A plan as plain data: every tensor, what will be read and written, and the bound of the working memory."""
+    base = {id(at.tensor) for places in merge.model.parameters.values() for at in places}
+    threads = thread_count()
+    return {
+        "output": str(out),
+        "modules": merge.changes.modules,
+        "tensors_changed": merge.tensors_changed,
+        "tensors_copied": merge.tensors_copied,
+        "unmatched": [u.name for u in merge.changes.unmatched],
+        "bytes_to_read": merge.plan.bytes_read,
+        "bytes_to_write": merge.plan.bytes_written,
+        "disk_needed": merge.plan.bytes_written,
+        "peak_memory": merge.plan.peak_memory(threads),
+        "threads": threads,
+        "device": device,
+        "files": sorted({*merge.plan.copies, *merge.plan.documents}),
+        "rewritten": sorted(merge.plan.documents),
+        "tensors": [_describe(step, output.name, base) for output in merge.plan.outputs for step in output.steps],
+        "warnings": list(merge.plan.warnings),
+    }
+
+
+def _describe(step: Step, file: str, base: set[int]) -> dict[str, Any]:
+    own = id(step.base) in base
+    action = ("merge" if step.parts else "cast" if step.computes else "copy") if own else "replace"
+    return {
+        "name": step.name,
+        "file": file,
+        "action": action,
+        "dtype": step.dtype,
+        "shape": list(step.shape),
+        "bytes": step.nbytes,
+        "modules": [part.module for part in step.parts],
+    }

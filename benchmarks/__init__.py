@@ -1,0 +1,1 @@
+"""Timings of whole processes; never part of the tests."""

@@ -1,0 +1,5 @@
+"""python -m loratool"""
+
+from loratool.cli import main
+
+main()

@@ -1,0 +1,109 @@
+"""What an adapter holds, from its headers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapter import Adapter
+from loratool.update import LowRank, Sum, Update
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target: ``shape`` is that of the update in the base's orientation; ``scaling`` None where unknown."""
+
+    module: str
+    kind: str
+    rank: int | None
+    alpha: float | None
+    scaling: float | None
+    shape: tuple[int, ...]
+    dtype: str
+    norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The fields of ``inspect --json``."""
+
+    format: str
+    architecture: str | None
+    base_model: str | None
+    kinds: Mapping[str, int]
+    modules: int
+    parameters: int
+    bytes: int
+    dtypes: Mapping[str, int]
+    ranks: Mapping[str, int]
+    targets: tuple[Target, ...]
+    carried: tuple[str, ...]
+    metadata: Mapping[str, str]
+    warnings: tuple[str, ...]
+    config: Mapping[str, Any]
+
+
+def inspect(adapter: Adapter, norms: bool = False) -> Inspection:
+    """Describe ``adapter``; with ``norms`` the Frobenius norm of each additive update, which reads the factors."""
+    modules = adapter.modules()
+    tensors = [t for u in adapter.updates.values() for t in u.slots.values()]
+    tensors += adapter.carried.values()
+    ranks = Counter(str(u.rank) for u in modules.values() if u.rank is not None)
+    return Inspection(
+        format=adapter.metadata.format,
+        architecture=adapter.metadata.architecture,
+        base_model=adapter.metadata.base_model,
+        kinds=dict(Counter(u.kind for u in modules.values())),
+        modules=len(modules),
+        parameters=sum(t.size for t in tensors),
+        bytes=sum(path.stat().st_size for path in adapter.metadata.weights),
+        dtypes=dict(Counter(t.dtype for t in tensors).most_common()),
+        ranks=dict(sorted(ranks.items(), key=lambda pair: int(pair[0]))),
+        targets=tuple(_target(adapter, name, update, norms) for name, update in adapter.updates.items()),
+        carried=tuple(adapter.carried),
+        metadata=dict(adapter.metadata.strings),
+        warnings=tuple(dict.fromkeys((*adapter.metadata.warnings, *odd(adapter)))),
+        config=dict(adapter.metadata.config),
+    )
+
+
+def _target(adapter: Adapter, name: str, update: Update, norms: bool) -> Target:
+    from loratool.ops.compare import norm
+
+    return Target(
+        module=name,
+        kind=update.kind,
+        rank=update.rank,
+        alpha=update.alpha,
+        scaling=update.scaling if adapter.metadata.scaling_known else None,
+        shape=update.shape,
+        dtype=next(iter(update.slots.values())).dtype,
+        norm=norm(update) if norms else None,
+    )
+
+
+def odd(adapter: Adapter) -> list[str]:
+    """What is odd about an adapter, as its headers show it."""
+    found = []
+    lows = [low for u in adapter.modules().values() for low in _low_ranks(u)]
+    scalings = [abs(low.scaling) for low in lows if low.alpha is not None and low.scaling]
+    if scalings and max(scalings) > 50 * min(scalings):
+        found.append(
+            f"alpha/rank varies {max(scalings) / min(scalings):.0f}-fold within the file "
+            f"({min(scalings):g} to {max(scalings):g})"
+        )
+    if any(low.alpha == 0 for low in lows):
+        found.append("alpha is stored as 0: these modules have no effect here, while LyCORIS reads 0 as the rank")
+    if "split_qkv" in str(adapter.metadata.strings.get("ss_network_args", "")):
+        found.append("trained with split_qkv: the stored alpha is that of each part, so its fused modules act too weak")
+    missing = sum(low.alpha is None for low in lows)
+    if missing and adapter.metadata.scaling_known:
+        found.append(f"alpha is missing for {missing} of {len(lows)} modules: their scaling is 1")
+    return found
+
+
+def _low_ranks(update: Update) -> list[LowRank]:
+    parts = update.parts if isinstance(update, Sum) else (getattr(update, "direction", update),)
+    return [part for part in parts if isinstance(part, LowRank)]

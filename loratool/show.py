@@ -1,0 +1,191 @@
+"""How results look on a terminal. Called by the command line only; prints to stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from loratool.api import ConvertReport, FormatRow
+from loratool.ops.compare import Comparison
+from loratool.ops.inspect import Inspection, Target
+from loratool.ops.merge import MergeReport
+from loratool.ops.verify import VerifyReport
+
+_ABRIDGED = 24  # rows of a long list on a terminal
+
+
+def bold(text: str) -> str:
+    """Text that stands out, on a terminal."""
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> None:
+    """Aligned lines of name and value."""
+    rows = [(name, str(value)) for name, value in pairs if value not in (None, "", ())]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns; on a terminal a long list is abridged."""
+    shown = list(rows)
+    cut = len(shown) - _ABRIDGED if sys.stdout.isatty() and len(shown) > _ABRIDGED + 4 else 0
+    shown = shown[:_ABRIDGED] if cut else shown
+    widths = [max(len(cell) for cell in column) for column in zip(head, *shown, strict=True)]
+    for row in (head, *shown):
+        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        print("  " + (bold(line) if row is head else line))
+    if cut:
+        print(f"  ... and {cut:,} more (all of them when piped, or with --json)")
+
+
+def counts(values: Mapping[str, int]) -> str:
+    """``8 x 96, 16 x 2``: how often each value occurs; alone where there is one."""
+    if len(values) == 1:
+        return next(iter(values))
+    return ", ".join(f"{value} x {count:,}" for value, count in values.items())
+
+
+def show_inspection(path: str, found: Inspection, targets: bool) -> None:
+    """The facts of one adapter."""
+    print(bold(path))
+    lows = [t for t in found.targets if t.rank is not None]
+    facts(
+        (
+            ("format", found.format),
+            ("architecture", found.architecture),
+            ("base model", found.base_model),
+            ("modules", f"{found.modules:,} ({', '.join(f'{k} {n:,}' for k, n in found.kinds.items()) or 'none'})"),
+            ("rank", counts(found.ranks)),
+            ("alpha", _spread([t.alpha for t in lows])),
+            ("scaling", _spread([t.scaling for t in lows])),
+            ("carried", f"{len(found.carried):,} whole tensors: {_some(found.carried)}" if found.carried else ""),
+            ("dtype", counts(found.dtypes)),
+            ("parameters", f"{found.parameters:,}"),
+            ("size", size(found.bytes)),
+            ("trained for", _some(_leaves(found.targets))),
+        )
+    )
+    if targets:
+        print()
+        table(("module", "kind", "rank", "scaling", "shape", "dtype", "norm"), [_target_row(t) for t in found.targets])
+
+
+def _target_row(target: Target) -> tuple[str, ...]:
+    scaling = "unknown" if target.scaling is None else f"{target.scaling:g}"
+    norm = "" if target.norm is None else f"{target.norm:.4g}"
+    shape = "x".join(map(str, target.shape))
+    return target.module, target.kind, str(target.rank or "-"), scaling, shape, target.dtype, norm
+
+
+def _leaves(targets: Sequence[Target]) -> list[str]:
+    names = (t.module.rsplit(".", 1) for t in targets)
+    return sorted({parts[-1] if not parts[-1].isdigit() else ".".join(parts)[-40:] for parts in names})
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    """One value, or the range."""
+    if None in values:
+        return "unknown" if all(v is None for v in values) else "partly unknown"
+    known = sorted({v for v in values if v is not None})
+    if not known:
+        return ""
+    return f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g} ({len(known)} values)"
+
+
+def show_formats(rows: Sequence[FormatRow]) -> None:
+    """The table of formats."""
+    cells = [
+        (r.name, "yes" if r.reads else "no", "yes" if r.writes else "no", ", ".join(r.kinds), r.title) for r in rows
+    ]
+    table(("format", "reads", "writes", "kinds", "what"), cells)
+
+
+def show_conversion(report: ConvertReport, dry_run: bool) -> None:
+    """What a conversion wrote."""
+    done = "would write" if dry_run else "wrote"
+    print(f"{done} {bold(report.output)}: {report.modules:,} modules, {report.source_format} -> {report.format}")
+
+
+def show_merge(report: MergeReport) -> None:
+    """What a merge wrote."""
+    print(f"merged into {bold(report.output)}")
+    facts(
+        (
+            ("modules", f"{report.modules:,} applied"),
+            ("tensors", f"{report.tensors_changed:,} changed, {report.tensors_copied:,} copied byte for byte"),
+            ("written", f"{size(report.bytes_written)} in {report.seconds:.2f} s, {size(report.peak_bytes)} of memory"),
+            ("rounding", f"{report.lost_to_rounding:.2%} of the changes too small for the stored dtype"),
+            ("content", report.content_hash[:16]),
+        )
+    )
+
+
+def show_verification(report: VerifyReport) -> None:
+    """Whether a merged model was proven."""
+    if report.ok:
+        tensors = report.tensors_changed + report.tensors_copied
+        print(f"verified {bold(report.output)}: all {tensors:,} tensors are as the merge gives them")
+        return
+    print(f"{bold(report.output)} is not the merge:")
+    table(("tensor", "why"), [(failure.module, failure.why) for failure in report.failures])
+
+
+def show_comparison(found: Comparison, every: bool) -> None:
+    """How far two adapters are apart."""
+    facts(
+        (
+            ("relative difference", f"{found.relative_difference:.3g}"),
+            ("cosine", f"{found.cosine:.6f}"),
+            ("modules compared", f"{len(found.modules):,}"),
+            ("only in the first", _some(found.only_in_first)),
+            ("only in the second", _some(found.only_in_second)),
+        )
+    )
+    ranked = sorted(found.modules, key=lambda d: -d.relative_difference)
+    rows = [d for d in ranked if every or d.relative_difference > 1e-6]
+    if rows:
+        print()
+        table(
+            ("module", "difference", "cosine"),
+            [(d.module, f"{d.relative_difference:.3g}", f"{d.cosine:.6f}") for d in rows],
+        )
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """Every tensor of a plan, then the sums."""
+    rows = [
+        (t["name"], t["action"], t["dtype"], "x".join(map(str, t["shape"])), ", ".join(t["modules"]))
+        for t in plan["tensors"]
+    ]
+    table(("tensor", "action", "dtype", "shape", "by"), rows)
+    print()
+    facts(
+        (
+            ("output", plan["output"]),
+            ("modules", f"{plan['modules']:,}"),
+            ("changed", f"{plan['tensors_changed']:,} tensors"),
+            ("copied", f"{plan['tensors_copied']:,} tensors, {len(plan['files'])} other files"),
+            ("unmatched", _some(plan["unmatched"])),
+            ("to read", size(plan["bytes_to_read"])),
+            ("to write", size(plan["bytes_to_write"])),
+            ("disk needed", size(plan["disk_needed"])),
+            ("memory", f"{size(plan['peak_memory'])} for blocks and factors, on {plan['threads']} threads"),
+            ("arithmetic", plan["device"]),
+        )
+    )
