@@ -30,7 +30,7 @@ _HOMES = {
     "verify": "loratool.api",
     "write": "loratool.api",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter as Adapter

@@ -71,9 +71,7 @@ def read(
     """
     reading = reading or Reading()
     modules = _model(base, reading).modules if base is not None else ()
-    evidence = Evidence(
-        existing(path, "adapter"), reading.allow_pickle, reading.allow_links, reading.scaling, modules
-    )
+    evidence = Evidence(existing(path, "adapter"), reading.allow_pickle, reading.allow_links, reading.scaling, modules)
     return formats.read_adapter(evidence, format)
 
 
@@ -137,8 +135,8 @@ def convert(
         raise UsageError("unknown dtype", repr(dtype), f"one of {', '.join(converting.DTYPES)}")
     reading = reading or Reading()
     model = None if base is None else _model(base, reading)
-    source = adapter if isinstance(adapter, Adapter) else read(
-        adapter, format=source_format, base=model, reading=reading
+    source = (
+        adapter if isinstance(adapter, Adapter) else read(adapter, format=source_format, base=model, reading=reading)
     )
     converting.require_scaling(source)
     unmatched: tuple[str, ...] = ()
@@ -180,7 +178,8 @@ def plan_merge(
         raise UsageError("unknown dtype", repr(dtype), f"one of {', '.join(converting.DTYPES)}")
     if strengths and len(strengths) != len(adapters):
         raise UsageError(
-            f"{len(strengths)} strengths for {len(adapters)} adapters", hint="give -s once for each adapter, or never"
+            f"{len(strengths)} strengths for {len(adapters)} adapters",
+            hint="give -s once for each adapter, or never",
         )
     reading = reading or Reading()
     model = _model(base, reading)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json as jsonlib
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import typer
+import click
 
 from loratool import __version__
 from loratool.errors import LoratoolError, LossError, UsageError
@@ -22,14 +22,7 @@ if TYPE_CHECKING:
     from loratool.api import Reading
     from loratool.ops.merge import Merge, Progress
 
-app = typer.Typer(
-    name="loratool",
-    help="Read, write, convert and merge LoRA-family adapters. Every tensor accounted for.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass
@@ -44,73 +37,98 @@ class _State:
 _state = _State()
 
 
-def _set(name: str) -> Callable[[bool], bool]:
-    def callback(value: bool) -> bool:
-        if value:
-            setattr(_state, name, True)
-        return value
-
-    return callback
+# ---------------------------------------------------------------- options that several commands share
 
 
-Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapter folders or files.")]
-AdapterArg = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder or file.")]
-BaseArg = Annotated[str, typer.Argument(metavar="BASE", help="The base model: a folder or a checkpoint file.")]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where to write; must not exist yet.")]
-Strength = Annotated[
-    list[float] | None,
-    typer.Option("--strength", "-s", help="One for each adapter, in their order. [default: 1.0]", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, every tensor; write nothing.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")]
-Unmatched = Annotated[bool, typer.Option("--allow-unmatched", help="Go on without what has no target in BASE.")]
-AllowLoss = Annotated[bool, typer.Option("--allow-loss", help="Write what the format can say; list the rest.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-DTypeOption = Annotated[str, typer.Option("--dtype", help="Store as keep, fp32, fp16 or bf16.")]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickles (.bin, .pt), their tensors only.")]
-Links = Annotated[bool, typer.Option("--allow-links", help="Follow links that leave a model's folder.")]
-Scaling = Annotated[
-    float | None,
-    typer.Option("--scaling", help="alpha/rank, where a file does not tell.", show_default=False),
-]
-Debug = Annotated[bool, typer.Option("--debug", callback=_set("debug"), help="Show tracebacks.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_set("quiet"), help="No messages.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_set("verbose"), help="More messages.")]
-BaseOption = Annotated[str | None, typer.Option("--base", metavar="BASE", help="The base model.", show_default=False)]
+def _flag(*names: str, help: str) -> Callable[[Command], Command]:
+    return click.option(*names, is_flag=True, help=help)
 
 
-def _version(value: bool) -> None:
-    if value:
-        print(f"loratool {__version__}")
-        raise typer.Exit
+def _common(command: Command) -> Command:
+    """``-v``, ``-q`` and ``--debug``, which are kept in ``_state``."""
+
+    def keep(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        setattr(_state, str(parameter.name), value or getattr(_state, str(parameter.name)))
+
+    for names, help in (
+        (("--debug",), "Show tracebacks."),
+        (("--quiet", "-q"), "No messages."),
+        (("--verbose", "-v"), "More messages."),
+    ):
+        click.option(*names, is_flag=True, expose_value=False, callback=keep, help=help)(command)
+    return command
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
-) -> None:
-    pass
+def _reads(command: Command) -> Callable[..., Any]:
+    """How inputs may be read; the command gets one ``reading``."""
+
+    @_flag("--allow-pickle", help="Read pickles (.bin, .pt), their tensors only.")
+    @_flag("--allow-links", help="Follow links that leave a folder.")
+    @click.option("--scaling", type=float, metavar="X", help="alpha/rank, where a file does not tell.")
+    @functools.wraps(command)
+    def wrapped(allow_pickle: bool, allow_links: bool, scaling: float | None, **options: Any) -> Any:
+        from loratool.api import Reading
+
+        return command(reading=Reading(allow_pickle, allow_links, scaling), **options)
+
+    return wrapped
 
 
-@app.command("inspect")
-def inspect_command(
-    adapter: AdapterArg,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every target.")] = False,
-    norms: Annotated[bool, typer.Option("--norms", help="Also the size of each update (reads the factors).")] = False,
-    json: Json = False,
-    allow_pickle: Pickle = False,
-    allow_links: Links = False,
-    scaling: Scaling = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+_adapter = click.argument("adapter")
+_adapters = click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+_base = click.argument("base")
+_base_option = click.option("--base", metavar="BASE", help="The base model: a folder or a checkpoint file.")
+_out = click.option("--out", "-o", metavar="OUT", required=True, help="Where to write; must not exist yet.")
+_strength = click.option(
+    "--strength",
+    "-s",
+    type=float,
+    metavar="S",
+    multiple=True,
+    help="One for each adapter, in their order.  [default: 1.0]",
+)
+_json = _flag("--json", help="One JSON document on stdout, nothing else there.")
+_dry_run = _flag("--dry-run", help="Show the plan, every tensor; write nothing.")
+_overwrite = _flag("--overwrite", help="Replace OUT where it exists.")
+_allow_unmatched = _flag("--allow-unmatched", help="Go on without what has no target in BASE.")
+_device = click.option(
+    "--device", metavar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
+)
+_dtype = click.option(
+    "--dtype",
+    type=click.Choice(("keep", "fp32", "fp16", "bf16")),
+    default="keep",
+    show_default=True,
+    help="Store values so.",
+)
+
+
+# ---------------------------------------------------------------- commands
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="loratool %(version)s")
+def app() -> None:
+    """Read, write, convert and merge LoRA-family adapters. Every tensor accounted for.
+
+    BASE is a model: a folder (Hugging Face, diffusers) or one checkpoint file. ADAPTER is a folder or a file of any
+    format; which one, its content tells. loratool COMMAND -h lists a command's options.
+    """
+
+
+@app.command("inspect", short_help="Show what an adapter holds, and what is odd.")
+@_adapter
+@_flag("--tensors", help="List every target.")
+@_flag("--norms", help="Also the size of each update (reads the factors).")
+@_json
+@_reads
+@_common
+def inspect_command(adapter: str, tensors: bool, norms: bool, json: bool, reading: Reading) -> None:
     """Show what an adapter holds: format, kinds, modules, ranks, scalings, what is odd. Headers only."""
     from loratool import api
     from loratool.show import show_inspection
 
-    found = api.inspect(adapter, norms=norms, reading=_reading(allow_pickle, allow_links, scaling))
+    found = api.inspect(adapter, norms=norms, reading=reading)
     if json:
         _print_json(dataclasses.asdict(found))
     else:
@@ -118,8 +136,10 @@ def inspect_command(
         _warn(found.warnings)
 
 
-@app.command("formats")
-def formats_command(json: Json = False, debug: Debug = False) -> None:
+@app.command("formats", short_help="List every format.")
+@_json
+@_common
+def formats_command(json: bool) -> None:
     """List every format: what it is, what it can express."""
     from loratool import api
     from loratool.show import show_formats
@@ -131,84 +151,70 @@ def formats_command(json: Json = False, debug: Debug = False) -> None:
         show_formats(rows)
 
 
-@app.command("convert")
-def convert_command(
-    adapter: AdapterArg,
-    out: Out,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to write (see: loratool formats).")],
-    source_format: Annotated[
-        str | None, typer.Option("--from", metavar="FORMAT", help="Read as this format.", show_default=False)
-    ] = None,
-    base: BaseOption = None,
-    dtype: DTypeOption = "keep",
-    allow_loss: AllowLoss = False,
-    allow_unmatched: Unmatched = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
-    allow_pickle: Pickle = False,
-    allow_links: Links = False,
-    scaling: Scaling = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@app.command("convert", short_help="Convert an adapter to another format.")
+@_adapter
+@_out
+@click.option("--to", metavar="FORMAT", required=True, help="The format to write (see: loratool formats).")
+@click.option("--from", "source_format", metavar="FORMAT", help="Read as this format.")
+@_base_option
+@_dtype
+@_flag("--allow-loss", help="Write what the format can say; list the rest.")
+@_allow_unmatched
+@_overwrite
+@_dry_run
+@_json
+@_reads
+@_common
+def convert_command(adapter: str, out: str, json: bool, dry_run: bool, **options: Any) -> None:
     """Convert an adapter to another format: the same updates under other names."""
     from loratool import api
     from loratool.show import show_conversion
 
-    report = api.convert(
-        adapter,
-        out,
-        to=to,
-        source_format=source_format,
-        base=base,
-        dtype=dtype,
-        allow_loss=allow_loss,
-        allow_unmatched=allow_unmatched,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        reading=_reading(allow_pickle, allow_links, scaling),
-    )
+    report = api.convert(adapter, out, dry_run=dry_run, **options)
     if json:
         _print_json(dataclasses.asdict(report))
     else:
         show_conversion(report, dry_run)
-        _warn((*report.warnings, *(f"lost: {loss}" for loss in report.losses)))
+        _warn(report.warnings)
+        _warn(f"lost: {loss}" for loss in report.losses)
+        _warn(f"no target in the base: {name}" for name in report.unmatched)
 
 
-@app.command("merge")
+@app.command("merge", short_help="Merge adapters into a base model.")
+@_base
+@_adapters
+@_out
+@_strength
+@_dtype
+@_device
+@_allow_unmatched
+@_overwrite
+@_dry_run
+@_json
+@_reads
+@_common
 def merge_command(
-    base: BaseArg,
-    adapters: Adapters,
-    out: Out,
-    strength: Strength = None,
-    dtype: DTypeOption = "keep",
-    device: Device = "auto",
-    allow_unmatched: Unmatched = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
-    allow_pickle: Pickle = False,
-    allow_links: Links = False,
-    scaling: Scaling = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    base: str,
+    adapters: Sequence[str],
+    out: str,
+    strength: Sequence[float],
+    device: str,
+    overwrite: bool,
+    dry_run: bool,
+    json: bool,
+    **options: Any,
 ) -> None:
     """Merge adapters into a base model: base + sum of strength x update, streamed, rounded once."""
     from loratool import api
     from loratool.ops.merge import run_merge
     from loratool.show import show_merge
 
-    reading = _reading(allow_pickle, allow_links, scaling)
-    planned = api.plan_merge(
-        base, adapters, strength, dtype=dtype, allow_unmatched=allow_unmatched, reading=reading
-    )
+    planned = api.plan_merge(base, adapters, strength, **options)
+    _explain(planned)
     if dry_run:
         _show_plan(planned, out, overwrite, device, json)
         return
-    with _progress("merging", json) as progress:
+    with _progress("merging") as progress:
         report = run_merge(planned, out, device=device, overwrite=overwrite, progress=progress)
     if json:
         _print_json(dataclasses.asdict(report))
@@ -217,42 +223,33 @@ def merge_command(
         _warn((*report.warnings, *(f"not applied: {name}" for name in report.unmatched)))
 
 
-@app.command("verify")
-def verify_command(
-    base: BaseArg,
-    adapters: Adapters,
-    merged: Annotated[str, typer.Option("--merged", metavar="MERGED", help="The merged model to prove.")],
-    strength: Strength = None,
-    dtype: DTypeOption = "keep",
-    device: Device = "auto",
-    tolerance: Annotated[int, typer.Option(min=0, help="Units of the last place that may differ.")] = 0,
-    allow_unmatched: Unmatched = False,
-    json: Json = False,
-    allow_pickle: Pickle = False,
-    allow_links: Links = False,
-    scaling: Scaling = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@app.command("verify", short_help="Prove that a model is the merge.")
+@_base
+@_adapters
+@click.option("--merged", metavar="MERGED", required=True, help="The merged model to prove.")
+@_strength
+@_dtype
+@_device
+@click.option(
+    "--tolerance",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Units of the last place that may differ.",
+)
+@_allow_unmatched
+@_json
+@_reads
+@_common
+def verify_command(base: str, adapters: Sequence[str], strength: Sequence[float], json: bool, **options: Any) -> None:
     """Prove that MERGED is BASE with the adapters: the merge replayed against it, tensor by tensor."""
     from loratool import api
     from loratool.ops.verify import require
     from loratool.show import show_verification
 
-    with _progress("verifying", json) as progress:
-        report = api.verify(
-            base,
-            adapters,
-            merged=merged,
-            strengths=strength,
-            dtype=dtype,
-            device=device,
-            tolerance=tolerance,
-            allow_unmatched=allow_unmatched,
-            reading=_reading(allow_pickle, allow_links, scaling),
-            progress=progress,
-        )
+    with _progress("verifying") as progress:
+        report = api.verify(base, *adapters, strengths=strength, progress=progress, **options)
     if json:
         _print_json(dataclasses.asdict(report))
     else:
@@ -260,38 +257,41 @@ def verify_command(
     require(report)
 
 
-@app.command("compare")
-def compare_command(
-    first: Annotated[str, typer.Argument(metavar="FIRST", help="An adapter.")],
-    second: Annotated[str, typer.Argument(metavar="SECOND", help="Another adapter, of any format.")],
-    base: BaseOption = None,
-    json: Json = False,
-    allow_pickle: Pickle = False,
-    allow_links: Links = False,
-    scaling: Scaling = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Compare two adapters by their updates themselves, module by module, whatever their factors look like."""
+@app.command("compare", short_help="Tell how far two adapters are apart.")
+@click.argument("first")
+@click.argument("second")
+@_base_option
+@_json
+@_reads
+@_common
+def compare_command(first: str, second: str, json: bool, **options: Any) -> None:
+    """Compare two adapters by their updates themselves, module by module, whatever their factors look like.
+
+    The relative difference is ||FIRST - SECOND|| / ||FIRST|| in the Frobenius norm.
+    """
     from loratool import api
     from loratool.show import show_comparison
 
-    found = api.compare(first, second, base=base, reading=_reading(allow_pickle, allow_links, scaling))
+    found = api.compare(first, second, **options)
     if json:
         _print_json(dataclasses.asdict(found))
     else:
         show_comparison(found, _state.verbose)
 
 
-def _reading(allow_pickle: bool, allow_links: bool, scaling: float | None) -> Reading:
-    from loratool.api import Reading
-
-    return Reading(allow_pickle, allow_links, scaling)
+# ---------------------------------------------------------------- what they print, and how they end
 
 
-def _show_plan(planned: Merge, out: Path, overwrite: bool, device: str, json: bool) -> None:
-    """The plan of a merge, after every check that the real run makes."""
+def _explain(planned: Merge) -> None:
+    """With ``-v``: what was read."""
+    for adapter, strength in zip(planned.adapters, planned.strengths, strict=True):
+        if _state.verbose:
+            read = f"{adapter.metadata.path}: {adapter.metadata.format}, {len(adapter.modules()):,} modules"
+            _say(f"{read}, strength {strength:g}")
+
+
+def _show_plan(planned: Merge, out: str, overwrite: bool, device: str, json: bool) -> None:
+    """The plan of a merge, after every check that the real run makes before it computes."""
     from loratool.devices import choose
     from loratool.ops.merge import check_output, describe
     from loratool.show import show_plan
@@ -307,7 +307,7 @@ def _show_plan(planned: Merge, out: Path, overwrite: bool, device: str, json: bo
 
 
 def _print_json(value: Any) -> None:
-    print(jsonlib.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    print(jsonlib.dumps(_plain(value), indent=2, allow_nan=False, default=str))
 
 
 def _plain(value: Any) -> Any:
@@ -320,38 +320,42 @@ def _plain(value: Any) -> Any:
 
 
 def _say(text: str) -> None:
+    from loratool.show import printable
+
     if not _state.quiet:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
-def _warn(warnings: Sequence[str]) -> None:
+def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
         _say(f"warning: {warning}")
 
 
 @contextmanager
-def _progress(what: str, json: bool) -> Iterator[Progress | None]:
+def _progress(what: str) -> Iterator[Progress | None]:
     """A bar on stderr where that is a terminal, else nothing."""
     if _state.quiet or not sys.stderr.isatty():
         yield None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (rich.TextColumn(what), rich.BarColumn(), rich.DownloadColumn(), rich.TransferSpeedColumn())
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _fail(error: LoratoolError) -> NoReturn:
     """One line of what and where, one of what to do, and the exit code."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    from loratool.show import printable
+
+    lines = [f"error: {' '.join(str(error).split())}"]
     if isinstance(error, LossError):
-        for loss in error.losses:
-            print(f"  would lose {loss}", file=sys.stderr)
+        lines += [f"  would lose {loss}" for loss in error.losses]
     if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+        lines.append(f"hint: {error.hint}")
+    print(*map(printable, lines), sep="\n", file=sys.stderr)
     raise SystemExit(error.exit_code)
 
 
@@ -359,39 +363,52 @@ def _interrupted(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _told(error: Exception) -> LoratoolError:
+    """What went wrong, in the words of the contract."""
+    if isinstance(error, LoratoolError):
+        return error
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "loratool"
+        return UsageError(error.format_message().rstrip("."), hint=f"see {command} --help")
+    if isinstance(error, MemoryError):
+        return LoratoolError("out of memory")
+    if isinstance(error, OSError):
+        return LoratoolError(os.strerror(error.errno) if error.errno else str(error), error.filename or "")
+    return LoratoolError(
+        f"a mistake in loratool itself: {type(error).__name__}: {error}",
+        hint="please report it with what --debug shows",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the contract's codes."""
-    import click
-
-    signal.signal(signal.SIGTERM, _interrupted)
+    global _state
+    _state = _State()
+    with suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, _interrupted)
+    with suppress(AttributeError):  # a name that UTF-8 cannot say is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        app(args=list(argv) if argv is not None else None, standalone_mode=False, prog_name="loratool")
+        with app.make_context("loratool", list(sys.argv[1:] if argv is None else argv)) as context:
+            app.invoke(context)
         sys.stdout.flush()
-    except LoratoolError as error:
-        if _state.debug:
-            raise
-        _fail(error)
     except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
+        print(error.format_message(), file=sys.stderr)
         raise SystemExit(2) from None
     except click.exceptions.Exit as error:
         raise SystemExit(error.exit_code) from None
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "loratool"
-        _fail(UsageError(error.format_message().rstrip("."), hint=f"see {command} --help"))
     except (KeyboardInterrupt, click.Abort):
         print("interrupted: nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except MemoryError:
-        _fail(LoratoolError("out of memory"))
-    except OSError as error:
+    except Exception as error:
         if _state.debug:
-            raise
-        where = error.filename or ""
-        _fail(LoratoolError(os.strerror(error.errno) if error.errno else str(error), where))
+            import traceback
+
+            traceback.print_exc()
+        _fail(_told(error))
 
 
 if __name__ == "__main__":

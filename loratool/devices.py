@@ -7,6 +7,7 @@ weighs the work. The choice depends on the work alone, never on the machine, so 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,115 +20,146 @@ from loratool.errors import LoratoolError, UsageError
 from loratool.tensors import Array, Tensor, numpy_dtype
 
 # nanoseconds per element and thread, measured on one x86-64 server core: widen, add a rank-16 product, round
-_NUMPY_COST: Mapping[str, float] = {"F64": 2.0, "F32": 1.2, "BF16": 1.8, "F16": 7.0}
+_NUMPY_COST: Mapping[str, float] = {"F64": 2.0, "F32": 1.6, "BF16": 2.7, "F16": 8.0}
 _TORCH_COST = 1.1
 _TORCH_IMPORT = 2.4e9  # nanoseconds of two threads
 
 
 class Worker:
-    """One thread's means of computing; numpy on the processor."""
+    """One thread's means of computing; numpy on the processor.
+
+    Arrays it returns live in memory that it uses again: each is good until the next call of the same method.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, np.ndarray] = {}
+
+    def _scratch(self, use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Memory kept for one use: fresh pages cost more than the arithmetic on them."""
+        wanted = np.dtype(dtype)
+        nbytes = math.prod(shape) * wanted.itemsize
+        kept = self._memory.get(use)
+        if kept is None or len(kept) < nbytes:
+            kept = self._memory[use] = np.empty(nbytes, np.uint8)
+        return np.asarray(kept[:nbytes].view(wanted).reshape(shape))
 
     def load(self, tensor: Tensor) -> Array:
         """A factor as a float32 (or wider) array on the device."""
         return tensor.float()
 
-    def buffer(self, nbytes: int) -> np.ndarray:
-        """Bytes of ordinary memory to read a block into, good until the next call."""
-        if len(self._bytes) < nbytes:
-            self._bytes = np.empty(nbytes, np.uint8)
-        return self._bytes[:nbytes]
+    def finish(self) -> None:
+        """Wait until everything that was begun is done: other workers may use it."""
 
-    _bytes = np.empty(0, np.uint8)
+    def buffer(self, nbytes: int) -> np.ndarray:
+        """Bytes of ordinary memory to read a block into."""
+        return self._scratch("read", (nbytes,), np.uint8)
 
     def widen(self, block: np.ndarray) -> Array:
         """A stored block in float32 or wider on the device."""
-        return block if block.dtype == np.float64 else block.astype(np.float32)
+        if block.dtype in (np.float64, np.float32):
+            return block
+        wide = self._scratch("wide", block.shape, np.float32)
+        np.copyto(wide, block)
+        return wide
+
+    def add_product(self, wide: Array, up: Array, down: Array) -> Array:
+        """wide [rows,i] + up [rows,r] @ down [r,i]; may reuse the memory of ``wide``."""
+        kept = self._scratch("product", wide.shape, np.result_type(up, down))
+        product = np.matmul(up, down, out=kept)
+        return np.add(product, wide, out=product if product.dtype == wide.dtype else None)
+
+    def dense(self, values: Array) -> bool:
+        """Whether no element is zero."""
+        return bool(values.all())
 
     def narrow(self, values: Array, dtype: str) -> np.ndarray:
         """Values rounded once to nearest even into the stored dtype, in ordinary memory."""
+        if values.dtype == numpy_dtype(dtype):
+            return np.asarray(values)
+        out = self._scratch("narrow", values.shape, numpy_dtype(dtype))
         with np.errstate(over="ignore"):
-            return np.asarray(values.astype(numpy_dtype(dtype), copy=False))
+            np.copyto(out, values, casting="unsafe")
+        return out
 
     def count_nonzero(self, values: Array) -> int:
         """How many elements are not zero."""
-        return int(np.count_nonzero(values != 0))
+        return int(np.count_nonzero(np.not_equal(values, 0, out=self._scratch("mask", values.shape, np.bool_))))
+
+    def count_equal(self, one: np.ndarray, other: np.ndarray) -> int:
+        """How many stored values of two blocks of one dtype have the same bytes."""
+        width = f"u{one.dtype.itemsize}"
+        mask = self._scratch("mask", one.shape, np.bool_)
+        return int(np.count_nonzero(np.equal(one.view(width), other.view(width), out=mask)))
 
     def magnitude(self, values: Array) -> float:
         """An upper bound of the absolute values (the Euclidean norm); NaN or infinity where one is among them."""
         flat = values.reshape(-1)
-        return float(np.dot(flat, flat)) ** 0.5
+        return math.sqrt(float(np.dot(flat, flat)))
 
 
 class TorchWorker(Worker):
-    """The same with torch; on an accelerator through pinned memory and a stream of the worker's own."""
+    """The same with torch; on CUDA through pinned memory, on a stream of the worker's own.
+
+    Several workers at once are the double buffer: while one computes, others read, copy and write.
+    """
 
     def __init__(self, device: str) -> None:
         import torch
 
+        super().__init__()
         self.torch, self.device = torch, torch.device(device)
-        self.cuda = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if self.cuda else None
+        self.stream: Any = None
+        if self.device.type == "cuda":  # device and stream are the calling thread's own
+            torch.cuda.set_device(self.device)
+            self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            torch.cuda.set_stream(self.stream)
 
     def _tensor(self, array: np.ndarray) -> Any:
         """A torch tensor over a numpy array's memory."""
         if array.dtype.name in ("float32", "float64", "float16"):
             return self.torch.from_numpy(array)
-        raw = self.torch.from_numpy(array.view(f"u{array.dtype.itemsize}"))
+        raw = self.torch.from_numpy(array.view(f"i{array.dtype.itemsize}"))
         return raw.view(getattr(self.torch, array.dtype.name))
 
-    def load(self, tensor: Tensor) -> Array:
-        return self.torch.from_numpy(np.ascontiguousarray(tensor.float())).to(self.device)
+    def _scratch(self, use: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Kept memory, pinned for the traffic with CUDA."""
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if self.stream is not None and use in ("read", "narrow") and len(self._memory.get(use, b"")) < nbytes:
+            self._memory[use] = self.torch.empty(nbytes, dtype=self.torch.uint8, pin_memory=True).numpy()
+        return super()._scratch(use, shape, dtype)
 
-    def buffer(self, nbytes: int) -> np.ndarray:
-        if len(self._bytes) < nbytes:
-            self._pinned = self.torch.empty(nbytes, dtype=self.torch.uint8, pin_memory=self.cuda)
-            self._bytes = self._pinned.numpy()
-        return self._bytes[:nbytes]
+    def load(self, tensor: Tensor) -> Array:
+        return self.torch.from_numpy(np.array(tensor.float())).to(self.device)
+
+    def finish(self) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def widen(self, block: np.ndarray) -> Array:
+        stored = self._tensor(block)
+        if self.device.type == "cpu" and stored.dtype not in (self.torch.float32, self.torch.float64):
+            return self._tensor(self._scratch("wide", block.shape, np.float32)).copy_(stored)
         wide = self.torch.float64 if block.dtype == np.float64 else self.torch.float32
-        with self._on_stream():
-            return self._tensor(block).to(self.device, non_blocking=True).to(wide)
+        return stored.to(self.device, non_blocking=True).to(wide)
+
+    def add_product(self, wide: Array, up: Array, down: Array) -> Array:
+        return self.torch.addmm(wide, up.to(wide.dtype), down.to(wide.dtype))
 
     def narrow(self, values: Array, dtype: str) -> np.ndarray:
-        with self._on_stream():
-            out = values.to(getattr(self.torch, numpy_dtype(dtype).name))
-            if self.cuda:
-                host = self._host(out.numel() * out.element_size())[: out.numel() * out.element_size()]
-                host.view(out.dtype).copy_(out.reshape(-1), non_blocking=True)
-                self.stream.synchronize()
-                return np.asarray(host.numpy().view(numpy_dtype(dtype))).reshape(tuple(out.shape))
-        host = out.cpu().contiguous()
-        raw = host.reshape(-1).view(self.torch.uint8).numpy()
-        return np.asarray(raw.view(numpy_dtype(dtype))).reshape(tuple(host.shape))
-
-    _out: Any = None
-
-    def _host(self, nbytes: int) -> Any:
-        """Pinned memory for a block on its way back."""
-        if self._out is None or len(self._out) < nbytes:
-            self._out = self.torch.empty(nbytes, dtype=self.torch.uint8, pin_memory=True)
-        return self._out
-
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        if self.stream is None:
-            yield
-        else:
-            with self.torch.cuda.stream(self.stream):
-                yield
+        out = self._scratch("narrow", tuple(values.shape), numpy_dtype(dtype))
+        stored = self._tensor(out)
+        rounded = values if self.device.type == "cpu" else values.to(stored.dtype)
+        stored.copy_(rounded, non_blocking=self.stream is not None)
+        self.finish()
+        return out
 
     def count_nonzero(self, values: Array) -> int:
-        if self.device.type == "cpu":
-            return super().count_nonzero(values.numpy())
-        with self._on_stream():
-            return int((values != 0).sum())
+        return int(self.torch.count_nonzero(values))
 
     def magnitude(self, values: Array) -> float:
         if self.device.type == "cpu":
             return super().magnitude(values.numpy())
-        with self._on_stream():
-            return float(self.torch.linalg.vector_norm(values))
+        return float(self.torch.linalg.vector_norm(values))
 
 
 @dataclass(frozen=True)

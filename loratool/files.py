@@ -18,7 +18,11 @@ from loratool.errors import FormatError, LoratoolError
 CHUNK = 4 << 20  # bytes read at a time where a whole file is walked
 
 _MAGIC = (
-    (b"version https://git-lfs", "a git-LFS pointer, not the file itself", "fetch the real file: git lfs pull"),
+    (
+        b"version https://git-lfs",
+        "a git-LFS pointer, not the file itself",
+        "fetch the real file: git lfs pull",
+    ),
     (b"GGUF", "a GGUF file, which is not read yet", "give a safetensors file"),
     (b"PK\x03\x04", "a zip archive (a PyTorch pickle, or npz)", "convert it to safetensors first"),
     (b"\x80\x02", "a Python pickle", "convert it to safetensors first"),
@@ -68,6 +72,8 @@ class FileBytes:
 
 def reject_foreign(head: bytes, path: Path) -> None:
     """Raise FormatError naming what ``head``, the first bytes of ``path``, really is."""
+    if head[8:9] == b"{":  # safetensors: the length of its header may look like any magic number
+        return
     for magic, what, hint in _MAGIC:
         if head.startswith(magic):
             raise FormatError(f"this is {what}", path, hint)

@@ -45,7 +45,7 @@ class Layout:
         return None
 
     def group(
-        self, tensors: Mapping[str, Tensor], normalise: Callable[[str], str] = lambda key: key
+        self, tensors: Mapping[str, Tensor], normalise: Callable[[str], str] = lambda key: key, where: object = ""
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """Tensors by module and slot, and those that no suffix fits.
 
@@ -60,7 +60,7 @@ class Layout:
                 continue
             slots = modules.setdefault(found[0], {})
             if found[1] in slots:
-                raise FormatError(f"two tensors for {found[1]} of one module", key)
+                raise FormatError(f"two tensors for {found[1]} of one module", f"{where}: {key}" if where else key)
             slots[found[1]] = tensor
         return modules, rest
 

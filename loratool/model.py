@@ -118,7 +118,9 @@ def read_model(path: str | Path, allow_links: bool = False) -> Model:
     if not weights:
         unread = ", ".join(name for name in files if name.endswith(_UNREAD)) or "none"
         raise FormatError(
-            f"no safetensors weights in this model (other weights: {unread})", found, "convert them to safetensors"
+            f"no safetensors weights in this model (other weights: {unread})",
+            found,
+            "convert them to safetensors",
         )
     taken = {w.name for w in weights}
     configs = {

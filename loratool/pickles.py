@@ -13,7 +13,8 @@ _STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 def looks_pickled(path: Path) -> bool:
     """Whether the first bytes are those of a pickle or of the zip archive PyTorch wraps it in."""
     with open(path, "rb") as file:
-        return file.read(4).startswith(_STARTS)
+        head = file.read(9)
+    return head.startswith(_STARTS) and head[8:] != b"{"  # which a safetensors file may have for a length
 
 
 def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
@@ -47,5 +48,3 @@ def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
         raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         tensors[str(name)] = Tensor.of(raw.view(numpy_dtype(dtype)).reshape(tuple(value.shape)))
     return SafetensorsFile(path, tensors, {}, 0)
-
-

@@ -7,12 +7,13 @@ factors in hand in memory, never a tensor, a shard or a model.
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -159,6 +160,9 @@ class Tally:
 class Consumer(Protocol):
     """What is done with the blocks of the output: written, or compared. Called from several threads."""
 
+    def reserve(self, output: OutputFile) -> None:
+        """Make room for a file; called beside its first blocks."""
+
     def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
         """Take the stored values of rows [start, start + len(data)) of one tensor."""
 
@@ -212,18 +216,27 @@ class Run:
     def outcome(self) -> Outcome:
         """Hashes and counts, once the run is through."""
         digests = {name: b"".join(d for _, d in sorted(found.items())) for name, found in self._digests.items()}
-        return Outcome(dict(self._hashes), content_hash((s.name, s.dtype, s.shape, digests.get(s.name, b"")) for s in self.plan.steps), self._tally)
+        return Outcome(
+            dict(self._hashes),
+            content_hash((s.name, s.dtype, s.shape, digests.get(s.name, b"")) for s in self.plan.steps),
+            self._tally,
+        )
 
     def _tasks(self) -> Iterator[tuple[Any, ...]]:
         """Calls to make, in the order of the files: what hashes a file runs beside what merges it."""
         waiting = list(self.plan.inputs.items())
         for output in self.plan.outputs:
+            yield self._reserve, output
             if waiting:
                 yield self._hash, *waiting.pop(0)
             for step in output.steps:
                 yield from ((self._group, output, step, start, stop) for start, stop in _groups(step))
         for name, path in waiting:
             yield self._hash, name, path
+
+    def _reserve(self, output: OutputFile) -> int:
+        self.consumer.reserve(output)
+        return 0
 
     def _hash(self, name: str, path: Path) -> int:
         from loratool.hashes import sha256
@@ -265,9 +278,7 @@ class Run:
             if shared and shared.finished():
                 del self._prepared[id(step)]
 
-    def _block(
-        self, worker: Worker, step: Step, prepared: Sequence[Prepared], first: int, last: int
-    ) -> np.ndarray:
+    def _block(self, worker: Worker, step: Step, prepared: Sequence[Prepared], first: int, last: int) -> np.ndarray:
         """The stored values of one block [rows, -1]."""
         stored = read_block(worker, step.base, first, last)
         if not step.computes:
@@ -275,39 +286,45 @@ class Run:
         base = worker.widen(stored)
         if not step.parts:
             return checked(worker, base, worker.narrow(base, step.dtype), step)
-        change = _change(step.parts, prepared, first, last, base)
-        nonzero = worker.count_nonzero(change)
-        change += base
-        out = checked(worker, change, worker.narrow(change, step.dtype), step)
+        value, nonzero = _changed(worker, step.parts, prepared, first, last, base)
+        out = checked(worker, value, worker.narrow(value, step.dtype), step)
         if out.dtype == stored.dtype:
-            view = f"u{out.dtype.itemsize}"
-            same = int(np.count_nonzero(out.view(view) == stored.view(view)))
+            same = worker.count_equal(out, stored)
             with self._lock:
-                self._tally.add(nonzero, max(0, same - (change_size(change) - nonzero)))
+                self._tally.add(nonzero, max(0, same - (out.size - nonzero)))
         return out
 
 
-def change_size(values: Any) -> int:
-    """Number of elements of a numpy or torch array."""
-    return int(np.prod(tuple(values.shape)))
+def _changed(
+    worker: Worker, parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int, base: Any
+) -> tuple[Any, int]:
+    """Rows [first, last) with the deltas of all parts added, and how many elements of the delta are not zero.
 
-
-def _change(
-    parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int, base: Any
-) -> Any:
-    """The sum of the deltas of all parts over rows [first, last): shape of ``base``."""
-    total = None
+    A product of factors without a zero is taken to have none: an exact cancellation is not looked for.
+    """
+    if all(p.dense and q.start <= first and last <= q.stop for p, q in zip(prepared, parts, strict=True)):
+        value = base
+        for part, update in zip(parts, prepared, strict=True):
+            assert update.factors is not None  # dense says so
+            up, down = update.factors
+            value = worker.add_product(value, up[first - part.start : last - part.start], down)
+        return value, math.prod(base.shape)
+    change = base * 0
     for part, update in zip(parts, prepared, strict=True):
-        start, stop = max(first, part.start), min(last, part.stop)
-        if start >= stop:
-            continue
-        delta = update.delta(start - part.start, stop - part.start, base[start - first : stop - first])
-        if (start, stop) == (first, last):
-            total = delta if total is None else total + delta
-        else:  # rows of a fused weight
-            total = base * 0 if total is None else total
-            total[start - first : stop - first] += delta
-    return base * 0 if total is None else total.reshape(base.shape)
+        start, stop = max(first, part.start), min(last, part.stop)  # a part may be rows of a fused weight
+        if start < stop:
+            rows = slice(start - first, stop - first)
+            change[rows] += update.delta(start - part.start, stop - part.start, base[rows])
+    nonzero = worker.count_nonzero(change)
+    change += base
+    return change, nonzero
+
+
+def _with_density(worker: Worker, prepared: Prepared) -> Prepared:
+    """Mark a product whose factors have no zero."""
+    if prepared.factors is None:
+        return prepared
+    return replace(prepared, dense=all(map(worker.dense, prepared.factors)))
 
 
 class _Shared:
@@ -326,7 +343,8 @@ class _Shared:
                 for part, prepared in zip(self.step.parts, ready, strict=True):
                     if prepared.scan is not None:
                         prepared.scan(_walk(worker, self.step.base, part))
-                self._ready = ready
+                self._ready = [_with_density(worker, prepared) for prepared in ready]
+                worker.finish()
             return self._ready
 
     def finished(self) -> bool:
@@ -394,17 +412,19 @@ class Writer:
 
     @staticmethod
     def _create(path: Path, size: int) -> int:
-        """A file of its final size: space that is not there is missed now, not half-way."""
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            os.posix_fallocate(fd, 0, size)
-        except OSError as error:
-            if error.errno not in (95, 22, 38):  # a file system without preallocation
-                os.close(fd)
-                raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", path) from None
-            os.ftruncate(fd, size)
+        os.ftruncate(fd, size)
         return fd
+
+    def reserve(self, output: OutputFile) -> None:
+        """Take the space of a file now: cheaper than page by page, and what is not there is missed early."""
+        fd = self._fds[output.name]
+        try:
+            os.posix_fallocate(fd, 0, max(1, os.fstat(fd).st_size))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # no preallocation here
+                raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", output.name) from None
 
     def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
         """Write rows from ``start`` on."""

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratool.api import ConvertReport, FormatRow
-from loratool.ops.compare import Comparison
-from loratool.ops.inspect import Inspection, Target
-from loratool.ops.merge import MergeReport
-from loratool.ops.verify import VerifyReport
+if TYPE_CHECKING:
+    from loratool.api import ConvertReport, FormatRow
+    from loratool.ops.compare import Comparison
+    from loratool.ops.inspect import Inspection, Target
+    from loratool.ops.merge import MergeReport
+    from loratool.ops.verify import VerifyReport
 
 _ABRIDGED = 24  # rows of a long list on a terminal
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which a hostile file could steer the terminal with."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def bold(text: str) -> str:
@@ -66,11 +72,17 @@ def show_inspection(path: str, found: Inspection, targets: bool) -> None:
             ("format", found.format),
             ("architecture", found.architecture),
             ("base model", found.base_model),
-            ("modules", f"{found.modules:,} ({', '.join(f'{k} {n:,}' for k, n in found.kinds.items()) or 'none'})"),
+            (
+                "modules",
+                f"{found.modules:,} ({', '.join(f'{k} {n:,}' for k, n in found.kinds.items()) or 'none'})",
+            ),
             ("rank", counts(found.ranks)),
             ("alpha", _spread([t.alpha for t in lows])),
             ("scaling", _spread([t.scaling for t in lows])),
-            ("carried", f"{len(found.carried):,} whole tensors: {_some(found.carried)}" if found.carried else ""),
+            (
+                "carried",
+                f"{len(found.carried):,} whole tensors: {_some(found.carried)}" if found.carried else "",
+            ),
             ("dtype", counts(found.dtypes)),
             ("parameters", f"{found.parameters:,}"),
             ("size", size(found.bytes)),
@@ -79,7 +91,10 @@ def show_inspection(path: str, found: Inspection, targets: bool) -> None:
     )
     if targets:
         print()
-        table(("module", "kind", "rank", "scaling", "shape", "dtype", "norm"), [_target_row(t) for t in found.targets])
+        table(
+            ("module", "kind", "rank", "scaling", "shape", "dtype", "norm"),
+            [_target_row(t) for t in found.targets],
+        )
 
 
 def _target_row(target: Target) -> tuple[str, ...]:
@@ -90,8 +105,9 @@ def _target_row(target: Target) -> tuple[str, ...]:
 
 
 def _leaves(targets: Sequence[Target]) -> list[str]:
-    names = (t.module.rsplit(".", 1) for t in targets)
-    return sorted({parts[-1] if not parts[-1].isdigit() else ".".join(parts)[-40:] for parts in names})
+    """The last segments of the modules' names, a number with what stands before it."""
+    names = (t.module.removesuffix(".bias").split(".") for t in targets)
+    return sorted({".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1] for parts in names})
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:
@@ -128,8 +144,14 @@ def show_merge(report: MergeReport) -> None:
     facts(
         (
             ("modules", f"{report.modules:,} applied"),
-            ("tensors", f"{report.tensors_changed:,} changed, {report.tensors_copied:,} copied byte for byte"),
-            ("written", f"{size(report.bytes_written)} in {report.seconds:.2f} s, {size(report.peak_bytes)} of memory"),
+            (
+                "tensors",
+                f"{report.tensors_changed:,} changed, {report.tensors_copied:,} copied byte for byte",
+            ),
+            (
+                "written",
+                f"{size(report.bytes_written)} in {report.seconds:.2f} s, {size(report.peak_bytes)} of memory",
+            ),
             ("rounding", f"{report.lost_to_rounding:.2%} of the changes too small for the stored dtype"),
             ("content", report.content_hash[:16]),
         )

@@ -146,19 +146,19 @@ class Tensor:
         """The whole tensor in its stored dtype."""
         return self.load(0, self.rows).reshape(self.shape)
 
-    def float(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows ``[start, stop)`` in float32 (float64 where stored so)."""
-        values = self.load(start, self.rows if stop is None else stop)
-        return values if values.dtype == np.float64 else values.astype(np.float32)
-
     def item(self) -> float:
         """The value of a tensor of one element, whatever its dtype or shape."""
         if self.size != 1:
             raise FormatError(f"one value expected, found shape {list(self.shape)}")
         return float(self.array().reshape(-1)[0])
 
+    def float(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows ``[start, stop)`` in float32 (float64 where stored so)."""
+        values = self.load(start, self.rows if stop is None else stop)
+        return values if values.dtype == np.float64 else values.astype(np.float32)
+
     @property
-    def T(self) -> Tensor:  # noqa: N802  (numpy's and torch's own spelling)
+    def T(self) -> Tensor:
         """The transposed matrix [o,i] -> [i,o]."""
         rows, columns = self.shape
         return Tensor(
@@ -183,8 +183,9 @@ class Tensor:
         to = numpy_dtype(dtype)
 
         def load(start: int, stop: int) -> np.ndarray:
+            values = self.load(start, stop)
             with np.errstate(over="ignore"):
-                return self.load(start, stop).astype(to)
+                return (to_odd(values) if values.dtype == np.float64 and to.itemsize < 4 else values).astype(to)
 
         return Tensor(dtype, self.shape, load)
 
@@ -193,6 +194,18 @@ class Tensor:
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
         return self.array().tobytes() == other.array().tobytes()
+
+
+def to_odd(values: np.ndarray) -> np.ndarray:
+    """float64 values in float32, rounded to odd: rounding those to 16 bits is as rounding once (Boldo, Melquiond 2008).
+
+    Neither numpy's bfloat16 nor torch rounds float64 to 16 bits directly; both stop over at float32.
+    """
+    near = values.astype(np.float32)
+    bits = near.view(np.int32)
+    bits -= np.abs(near) > np.abs(values)  # towards zero
+    bits |= (near != values) | np.isnan(values)
+    return near
 
 
 BLOCK = 1 << 18  # elements of one row block: a MiB in float32, which stays in cache
@@ -247,7 +260,8 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         header, start = _header(source)
     except OSError as error:
         raise LoratoolError(f"cannot read: {error.strerror}", path) from None
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("metadata is not a table of strings", path)
     tensors = {name: _entry(name, entry, source, start) for name, entry in header.items()}
@@ -291,7 +305,7 @@ def _entry(name: str, entry: Any, source: FileBytes, start: int) -> Tensor:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise FormatError("malformed safetensors entry", where) from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FormatError(f"unknown dtype {dtype!r}", where)
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)) or len(shape) > 16:
         raise FormatError("malformed safetensors entry: shape or offsets are no sizes", where)

@@ -39,11 +39,14 @@ class Prepared:
 
     ``delta(start, stop, base)`` gives rows [start, stop) of strength x (W' - W) as ``[rows, -1]``; ``base`` holds those
     rows of W flattened alike (ignored by additive kinds). Where ``scan`` is set, it must first be given every
-    ``(start, stop, base)`` block once, in order.
+    ``(start, stop, base)`` block once, in order. ``factors`` (up [o,r], down [r,i*k], everything folded in) are set
+    where the delta is their product, for those who have a better place to put it; ``dense`` where these hold no zero.
     """
 
     delta: Callable[[int, int, Array | None], Array]
     scan: Callable[[Iterable[tuple[int, int, Array]]], None] | None = None
+    factors: tuple[Array, Array] | None = None
+    dense: bool = False
 
 
 class Update(ABC):
@@ -128,7 +131,7 @@ class LowRank(Additive):
     down: Tensor
     up: Tensor
     mid: Tensor | None = None
-    alpha: float | None = None  # type: ignore[assignment]
+    alpha: float | None = None
     rank_stabilised: bool = False
     layer: Layer = "plain"
 
@@ -153,9 +156,17 @@ class LowRank(Additive):
     @property
     def scaling(self) -> float:
         """alpha / r, alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023), 1 without alpha."""
-        if self.alpha is None:
-            return 1.0
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return 1.0 if self.alpha is None else self.alpha / self._unit
+
+    @property
+    def _unit(self) -> float:
+        """The alpha whose scaling is 1."""
+        return math.sqrt(self.rank) if self.rank_stabilised else self.rank
+
+    @property
+    def explicit_alpha(self) -> float:
+        """alpha, or where none is stored the one that says the same."""
+        return self._unit if self.alpha is None else self.alpha
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,11 +193,10 @@ class LowRank(Additive):
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         up, down = self.matrices(load)
         up = up * (self.scaling * strength)
-        return Prepared(lambda start, stop, base: up[start:stop] @ down)
+        return Prepared(lambda start, stop, base: up[start:stop] @ down, factors=(up, down))
 
     def scaled(self, by: float) -> LowRank:
-        alpha = self.alpha if self.alpha is not None else self.scaling * float(self.rank)
-        return replace(self, alpha=alpha * by)
+        return replace(self, alpha=self.explicit_alpha * by)
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         up, down = self.matrices(Tensor.float)
@@ -202,8 +212,8 @@ class Dense(Additive):
     """A delta stored whole: delta = scaling x value, of the weight's own shape (also the bias a LoRA learned)."""
 
     value: Tensor
-    scaling: float = 1.0  # type: ignore[assignment]
-    kind: str = "full"  # type: ignore[assignment]
+    scaling: float = 1.0
+    kind: str = "full"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -73,14 +73,14 @@ def of_component(known: Architecture, component: str) -> dict[str, tuple[int, ..
     }
 
 
-def meta_unet(**config: object):  # noqa: ANN201
+def meta_unet(**config: object):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         return diffusers.UNet2DConditionModel(**config)
 
 
-def meta_clip(config: dict[str, int], projection: bool):  # noqa: ANN201
+def meta_clip(config: dict[str, int], projection: bool):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
@@ -88,7 +88,7 @@ def meta_clip(config: dict[str, int], projection: bool):  # noqa: ANN201
         return kind(transformers.CLIPTextConfig(**config))
 
 
-def shapes_of(model) -> dict[str, tuple[int, ...]]:  # noqa: ANN001
+def shapes_of(model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -102,7 +102,7 @@ def test_a_name_table_reads_both_ways() -> None:
 
 
 @pytest.mark.parametrize("pairs", [(("a", "x"), ("b", "x")), (("x", "a"), ("x", "b"))])
-def test_a_name_table_that_is_not_one_to_one_names_the_collision(pairs) -> None:  # noqa: ANN001
+def test_a_name_table_that_is_not_one_to_one_names_the_collision(pairs) -> None:
     with pytest.raises(ValueError, match="'x' is both 'a' and 'b'"):
         NameTable(pairs)
 
@@ -122,7 +122,7 @@ def test_the_unet_is_that_of_diffusers(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "component", "config", "projection"), CLIPS)
-def test_the_text_encoder_is_that_of_transformers(name, component, config, projection) -> None:  # noqa: ANN001
+def test_the_text_encoder_is_that_of_transformers(name, component, config, projection) -> None:
     theirs = shapes_of(meta_clip(config, projection))
     if not projection:  # transformers 5.6 dropped the wrapper
         theirs = {f"text_model.{key.removeprefix('text_model.')}": shape for key, shape in theirs.items()}
@@ -483,7 +483,7 @@ def test_what_has_no_kohya_name_is_named(reference: str) -> None:
 Shapes = dict[str, tuple[int, ...]]
 
 
-def adapter(known: Architecture, pattern: str = "", spell=lambda known, name: name) -> Shapes:  # noqa: ANN001
+def adapter(known: Architecture, pattern: str = "", spell=lambda known, name: name) -> Shapes:
     """Names and update shapes of an adapter for those targets of ``known`` that match ``pattern``."""
     chosen = [name for name in targets(known, conv=True) if re.search(pattern, name)]
     assert chosen
@@ -501,7 +501,7 @@ def diffusers_body(known: Architecture, name: str) -> str:
 @every
 @pytest.mark.parametrize("spell", [lambda known, name: name, kohya, diffusers_body])
 @pytest.mark.parametrize("pattern", ["", r"^unet", "^text_encoder", "attn2.to_[kv]", "proj_in"])
-def test_adapters_are_identified(known: Architecture, pattern: str, spell) -> None:  # noqa: ANN001
+def test_adapters_are_identified(known: Architecture, pattern: str, spell) -> None:
     if known is SDXL and pattern == "^text_encoder":
         pattern = "^text_encoder_2"
     assert identify(adapter(known, pattern, spell)) is known

@@ -63,9 +63,7 @@ def _resolved(known: Architecture, modules: Mapping[str, Shape]) -> dict[str, st
     return {raw: name for raw, name in resolved if name}
 
 
-def _evidence(
-    known: Architecture, modules: Mapping[str, Shape], resolved: Mapping[str, str]
-) -> tuple[int, int, int]:
+def _evidence(known: Architecture, modules: Mapping[str, Shape], resolved: Mapping[str, str]) -> tuple[int, int, int]:
     """How many modules fit by name and shape; how many of these have the very shape; and the very name."""
     shapes, kohya = known.shapes(), known.kohya().forward
     fitting = [(raw, name) for raw, name in resolved.items() if agree(modules[raw], shapes[name])]

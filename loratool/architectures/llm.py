@@ -5,7 +5,7 @@ Source: huggingface/transformers 4 and 5 (conversion_mapping.py, ``_tied_weights
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,8 @@ CONV1D_LEAVES = frozenset(("c_attn", "q_attn", "c_proj", "c_fc"))
 
 # Leaf names of input embeddings: for formats that must know an Embedding and are told nothing.
 EMBEDDING_LEAVES = frozenset(
-    ("embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings", "shared")
-    + ("embed_in", "tok_embeddings", "token_embedding", "position_embedding", "embed_positions")
-)
+    ("embed_tokens", "embed_in", "embed_positions", "wte", "wpe", "shared", "tok_embeddings", "token_embedding")
+) | {"position_embedding", "word_embeddings", "position_embeddings", "token_type_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ _DEFAULT_TIES = (
 _HEADED = ("CausalLM", "LMHead", "ConditionalGeneration", "ForSpeechSeq2Seq")
 
 
-def tie_of(config: Mapping[str, Any], modules: Mapping[str, Any]) -> Tie | None:
+def tie_of(config: Mapping[str, Any], modules: Container[str]) -> Tie | None:
     """The tied pair of a model with this config.json and these modules on disk, or None where nothing is tied.
 
     Tied means: the architecture has an output projection and the configuration does not deny the tie. The embedding

@@ -291,8 +291,6 @@ def targets(architecture: Architecture, conv: bool = False) -> tuple[str, ...]:
 _UNET_ALIASES = (("model.diffusion_model.", "diffusion_model."), ("model.diffusion_model.", ""))
 _TEXT_ALIASES = (("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),)
 
-SD1 = Architecture(
-    "sd1", "Stable Diffusion 1.x", _COMPONENTS[:2], _SD1, unflatten, _UNET_ALIASES + _TEXT_ALIASES
-)
+SD1 = Architecture("sd1", "Stable Diffusion 1.x", _COMPONENTS[:2], _SD1, unflatten, _UNET_ALIASES + _TEXT_ALIASES)
 SD2 = Architecture("sd2", "Stable Diffusion 2.x", _COMPONENTS[:2], _SD2, unflatten, _UNET_ALIASES)
 SDXL = Architecture("sdxl", "Stable Diffusion XL base", _COMPONENTS, _SDXL, unflatten, _UNET_ALIASES)

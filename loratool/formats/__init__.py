@@ -6,6 +6,7 @@ Adding one: a file whose docstring is its specification, an entry in `FORMATS`, 
 from __future__ import annotations
 
 import re
+
 from loratool.adapter import Adapter, Loss
 from loratool.errors import FormatError, LossError, UsageError
 from loratool.formats import diffusers, kohya, peft, raw
@@ -52,7 +53,11 @@ def detect(evidence: Evidence) -> tuple[Format, str]:
     for name, pattern in RECOGNISED:
         found = next((key for key in evidence.keys if re.search(pattern, key)), None)
         if found is not None and "peft_type" not in evidence.config:
-            raise FormatError(f"this is {name}, which is not supported yet", f"{evidence.weights}: {found}")
+            raise FormatError(
+                f"this is {name}, which is not supported yet",
+                f"{evidence.weights}: {found}",
+                "loratool formats lists what is read",
+            )
     for format in FORMATS:
         reason = format.sniff(evidence)
         if reason:

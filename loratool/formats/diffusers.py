@@ -1,12 +1,12 @@
 """`diffusers`: one safetensors file with PEFT-style keys behind the name of the pipeline component.
 
 Keys are ``<component>.<module>.lora_A.weight`` (down [r,i,*k]) and ``.lora_B.weight`` (up [o,r,*1]), with
-``.lora_B.bias`` and, for DoRA, ``.lora_magnitude_vector.weight`` ([o], of a convolution [1,o,1,1]); components
+``.lora_B.bias`` and, for DoRA, ``.lora_magnitude_vector.weight`` ([o], of a convolution [1,o,1,1]). Components
 are ``unet``, ``transformer``, ``text_encoder``, ``text_encoder_2`` and so on. The scaling is in the metadata
 ``lora_adapter_metadata``, one JSON object of ``<component>.<field of PEFT's LoraConfig>``; without it, it is 1.
 
 Also read: ``.alpha`` tensors (they win), kohya's suffixes, an adapter's name in the key, prefixes that stand
-twice, and the LDM module names that OneTrainer wrote behind ``unet.``. Written: the factors as they are and the
+twice, and the LDM module names that OneTrainer wrote behind ``unet.``. Written: the factors as they are, and the
 alphas in the metadata, never folded. Source: huggingface/diffusers 0.42.
 """
 
@@ -70,11 +70,15 @@ _LANGUAGE_MODEL = re.compile(
 
 
 def located(name: str) -> str | None:
-    """``name`` behind its pipeline component; None where nothing tells which one that is."""
-    if _COMPONENT.match(name):
-        return name
-    component = _HEADS.get(name.partition(".")[0])
-    return f"{component}.{name}" if component else None
+    """The reference name of a module: behind its pipeline component. None where nothing tells which one that is."""
+    if _LANGUAGE_MODEL.match(name):
+        return None
+    if not _COMPONENT.match(name):
+        component = _HEADS.get(name.partition(".")[0])
+        if component is None:
+            return None
+        name = f"{component}.{name}"
+    return reference(name)
 
 
 def component_of(name: str) -> str:
@@ -100,8 +104,8 @@ def normalise(key: str) -> str:
     return f"{component}.{body}"
 
 
-def reference(name: str, known: Architecture | None) -> str:
-    """The reference name of a dotted one: in LDM names, or without ``text_model``, where it is recognised."""
+def reference(name: str, known: Architecture | None = None) -> str:
+    """A dotted name as the reference spells it, where it is recognised: LDM names, a lacking ``text_model``."""
     return (known.from_kohya(name) if known else unflatten(name)) or name
 
 
@@ -133,9 +137,7 @@ def read(evidence: Evidence) -> Adapter:
         built.update({module: _build(module, grouped[module], scales) for module in modules})
         warnings += scales.scales.warnings
         if scales.table.get("use_dora") and not any(isinstance(built[m].get(m), DoRA) for m in modules):
-            warnings.append(
-                f"the metadata says DoRA, but {component} has no magnitudes: it is read as plain LoRA"
-            )
+            warnings.append(f"the metadata says DoRA, but {component} has no magnitudes: it is read as plain LoRA")
     known = identify(shapes(built))
     updates, spellings = collect(built, {m: reference(m, known) for m in built}, ".lora_B.bias", file.path)
     metadata = Metadata(
@@ -229,8 +231,8 @@ def collect(
 ) -> tuple[dict[str, Update], dict[str, str]]:
     """Updates by target, and the spellings of targets, from those by the source's modules.
 
-    Modules that ``names`` gives one target are summed. ``bias`` ends the source's name of a bias delta. Raises
-    FormatError where updates do not add up, NumericError for an alpha that is no finite number.
+    Modules that ``names`` gives one target are summed. ``bias`` ends the source's name of a bias delta.
+    Raises FormatError where updates do not add up, NumericError for an alpha that is no finite number.
     """
     updates: dict[str, Update] = {}
     spellings: dict[str, str] = {}
@@ -254,9 +256,7 @@ def remarks(built: Mapping[str, Mapping[str, Update]]) -> list[str]:
     """Warnings of modules without alpha and of modules of rank 0."""
     lows = [update for found in built.values() for update in found.values() if update.rank is not None]
     missing, empty = sum(low.alpha is None for low in lows), sum(not found for found in built.values())
-    warnings = (
-        [f"alpha is missing for {missing} of {len(lows)} modules: their scaling is 1"] if missing else []
-    )
+    warnings = [f"alpha is missing for {missing} of {len(lows)} modules: their scaling is 1"] if missing else []
     return warnings + ([f"{empty} modules of rank 0 change nothing and are left out"] if empty else [])
 
 
@@ -281,9 +281,7 @@ def _sayable(adapter: Adapter) -> tuple[dict[str, str], list[Loss]]:
         elif name in names.values():
             reason = "another module has this very name"
         elif is_bias(target):
-            reason = (
-                None if target.removesuffix(".bias") in names else "a bias delta without a LoRA on its module"
-            )
+            reason = None if target.removesuffix(".bias") in names else "a bias delta without a LoRA on its module"
         else:
             reason = _loss(update, component_of(name) in dora)
         if name is not None and reason is None:
@@ -331,9 +329,7 @@ def write(adapter: Adapter, path: Path) -> None:
     strings = kept(adapter.metadata.strings, tensors)
     strings.setdefault("format", "pt")
     if told and tables != source:  # else the source's own text says it
-        flat = {
-            f"{component}.{key}": value for component, table in tables.items() for key, value in table.items()
-        }
+        flat = {f"{component}.{key}": value for component, table in tables.items() for key, value in table.items()}
         strings[TABLE] = json.dumps(flat, indent=2, sort_keys=True)
     write_safetensors(path, tensors, strings)
 

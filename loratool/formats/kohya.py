@@ -1,14 +1,14 @@
 """`kohya`: one safetensors file in the names of kohya-ss/sd-scripts and LyCORIS.
 
 A module is its path, every dot an underscore, behind ``lora_unet_`` or ``lora_te_`` (``lora_te1_`` and
-``lora_te2_`` where there are two text encoders); SD1 and SD2 have diffusers' names, SDXL those of LDM. Behind the
-first dot stands the slot: ``.lora_down.weight`` [r,i,*k], ``.lora_up.weight`` [o,r,*1], ``.lora_mid.weight``
-[r,r,*k] (Tucker), ``.alpha`` (none: the rank), ``.dora_scale`` ([o,*1]: of outputs, [1,i,*1]: of inputs),
-``.diff`` and ``.diff_b`` (whole deltas of weight and bias), ``.w_norm`` and ``.b_norm`` (the same of a norm).
-``bundle_emb.*`` are textual inversions.
+``lora_te2_`` where there are two text encoders); SD1 and SD2 have diffusers' names, SDXL those of LDM. The first
+dot ends it; then comes the slot: ``.lora_down.weight`` [r,i,*k], ``.lora_up.weight`` [o,r,*1],
+``.lora_mid.weight`` [r,r,*k] (Tucker), ``.alpha`` (none: the rank), ``.dora_scale`` ([o,*1]: of outputs,
+[1,i,*1]: of inputs), ``.diff`` and ``.diff_b`` (whole deltas of weight and bias), ``.w_norm`` and ``.b_norm``
+(the same of a norm). ``bundle_emb.*`` are textual inversions.
 
-No rule of text turns names back: they are looked up in the lists of known models, then among the base's modules,
-then in templates of names. Written: one float32 scalar alpha a module, rank-stabilised ones times sqrt(r).
+No rule of text turns names back: they are looked up in the lists of known models, then among the modules of the
+base, then in templates of names. Written: one float32 scalar alpha a module, rank-stabilised ones times sqrt(r).
 Source: kohya-ss/sd-scripts 48d368f, KohakuBlueleaf/LyCORIS f49d30d.
 """
 
@@ -145,9 +145,7 @@ class _Base:
         """The module that a kohya name means. Raises MatchError where two have that name."""
         found = self._table.get(_flattened(name) or ("", ""), set())
         if len(found) > 1:
-            raise MatchError(
-                "a name that two modules of the base have when flattened", f"{name}: {sorted(found)}"
-            )
+            raise MatchError("a name that two modules of the base have when flattened", f"{name}: {sorted(found)}")
         return next(iter(found), None)
 
 
@@ -194,9 +192,7 @@ def _doubts(strings: Mapping[str, str], updates: Mapping[str, Update]) -> list[s
     arguments = told if isinstance(told, dict) else {}
     found = []
     if _is_true(arguments.get("split_qkv")):
-        found.append(
-            "trained with split_qkv: the stored alpha is that of each part, so its fused modules act too weak"
-        )
+        found.append("trained with split_qkv: the stored alpha is that of each part, so its fused modules act too weak")
     if _is_true(arguments.get("dora_wd")) and not any(isinstance(u, DoRA) for u in updates.values()):
         found.append("trained as DoRA (dora_wd), but there is no dora_scale: it is read as plain LoRA")
     return found
@@ -230,9 +226,7 @@ def _said(adapter: Adapter) -> tuple[dict[str, Tensor], list[Loss], Architecture
     for target in adapter.updates:
         module = _kohya_name(adapter, target.removesuffix(".bias"), known)
         said = _slots(adapter, target) if module else "kohya has no name for this module"
-        found = (
-            {} if isinstance(said, str) else {LAYOUT.key(str(module), slot): t for slot, t in said.items()}
-        )
+        found = {} if isinstance(said, str) else {LAYOUT.key(str(module), slot): t for slot, t in said.items()}
         if found.keys() & tensors.keys():
             said = "another module has this very name"
         if isinstance(said, str):

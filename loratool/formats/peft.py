@@ -4,7 +4,7 @@ Keys are ``base_model.model.<module>.lora_A.weight`` (down [r,i,*k]) and ``.lora
 Embedding ``.lora_embedding_A`` [r,entries] and ``.lora_embedding_B`` [dim,r], for DoRA ``.lora_magnitude_vector``, and
 plain parameter names for what was trained whole. The scaling is in the configuration only: ``lora_alpha / r``, or
 ``/ sqrt(r)`` with ``use_rslora``, with exceptions by module in ``rank_pattern`` and ``alpha_pattern``, whose keys are
-regular expressions ``(.*\\.)?KEY$``, the first that fits winning. Raw dumps of other trainers keep the adapter's name in
+regular expressions ``(.*\\.)?KEY$``: the first that fits wins. Raw dumps of other trainers keep the adapter's name in
 the keys, wrap modules once more or leave the prefix out; they are read alike. Source: huggingface/peft 0.21.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
+from loratool.architectures.llm import EMBEDDING_LEAVES
 from loratool.errors import FormatError
 from loratool.formats.base import CONFIG, Evidence, Format
 from loratool.keys import Layout, require_pair
@@ -47,7 +48,18 @@ _ADAPTER_NAME = re.compile(
 
 # other tuners of PEFT, and whether their update is a fixed change of weights
 _NOT_A_WEIGHT_CHANGE = frozenset(
-    "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING ADAPTION_PROMPT CPT CARTRIDGE XLORA POLY LILY".split()
+    [
+        "PROMPT_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "ADAPTION_PROMPT",
+        "CPT",
+        "CARTRIDGE",
+        "XLORA",
+        "POLY",
+        "LILY",
+    ]
 )
 # configuration fields of LoRA that change the mathematics: (field, why it is refused, is it final)
 _REFUSED_FIELDS = (
@@ -62,8 +74,19 @@ _REFUSED_FIELDS = (
 )
 _MUTATING_INIT = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _TOKENIZER_FILES = frozenset(
-    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json "
-    "vocab.txt merges.txt chat_template.jinja chat_template.json spiece.model".split()
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+        "spiece.model",
+    ]
 )
 
 
@@ -202,7 +225,9 @@ def _updates(module: str, slots: dict[str, Tensor], scales: Scales, where: Path)
     fits = min((t for t in pair), key=lambda t: len(t.shape)).shape
     if len(fits) < 2:
         raise FormatError(
-            f"a factor of shape {list(fits)}: a partial save (ZeRO-3, FSDP)", f"{where}: {module}", "save it gathered"
+            f"a factor of shape {list(fits)}: a partial save (ZeRO-3, FSDP)",
+            f"{where}: {module}",
+            "save it gathered",
         )
     try:
         alpha = scales.alpha_of(module, pair[0].shape[0])
@@ -304,7 +329,7 @@ def write(adapter: Adapter, path: Path) -> None:
     modules = {n: u for n, u in adapter.modules().items() if adapter.spelling(n) not in lost}
     biases = {n: u for n, u in adapter.updates.items() if is_bias(n) and adapter.spelling(n) not in lost}
     cut = _component(adapter)
-    plain = {name: _plain(update) for name, update in modules.items()}
+    plain = {name: _layered(name, _plain(update)) for name, update in modules.items()}
     if len({low.rank_stabilised for low in plain.values()}) > 1:
         plain = {n: replace(low, alpha=low.scaling * low.rank, rank_stabilised=False) for n, low in plain.items()}
     tensors: dict[str, Tensor] = {}
@@ -333,6 +358,12 @@ def _plain(update: Update) -> LowRank:
     return low
 
 
+def _layered(name: str, low: LowRank) -> LowRank:
+    """An Embedding's LoRA as such, also from a format that does not tell it from a Linear's."""
+    known = low.layer == "plain" and len(low.shape) == 2 and name.rpartition(".")[2] in EMBEDDING_LEAVES
+    return low.oriented("embedding") if known else low
+
+
 def _slots(low: LowRank, update: Update, biases: Mapping[str, Update], name: str) -> dict[str, Tensor]:
     """The stored tensors of one module, by PEFT's slots."""
     if low.layer == "embedding":
@@ -341,7 +372,7 @@ def _slots(low: LowRank, update: Update, biases: Mapping[str, Update], name: str
         kernel = low.down.shape[2:]
         slots = {"down": low.down, "up": low.up.reshape(*low.up.shape[:2], *(1 for _ in kernel))}
     if isinstance(update, DoRA):
-        shape = (update.magnitude.size,)
+        shape: tuple[int, ...] = (update.magnitude.size,)
         if len(low.down.shape) > 2:  # convolutions keep theirs as [1,o,1,1]
             shape = (1, *shape, *(1 for _ in low.down.shape[2:]))
         slots["magnitude"] = update.magnitude.reshape(*shape)
@@ -369,7 +400,7 @@ def configuration(adapter: Adapter, plain: Mapping[str, LowRank], lora_bias: boo
     """adapter_config.json for these modules; the source's own where it still says the same."""
     source = dict(adapter.metadata.config) if "peft_type" in adapter.metadata.config else {}
     ranks = {name: low.rank for name, low in plain.items()}
-    alphas = {name: _number(low.scaling * low.rank if low.alpha is None else low.alpha) for name, low in plain.items()}
+    alphas = {name: _number(low.explicit_alpha) for name, low in plain.items()}
     rank_stabilised = any(low.rank_stabilised for low in plain.values())
     kinds = {u.kind for u in adapter.modules().values()}
     config: dict[str, Any] = {

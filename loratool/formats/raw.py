@@ -1,18 +1,18 @@
 """`raw`: any safetensors file whose pairs are named by module path.
 
-Read: ``<module>.lora_A[.weight]`` / ``.lora_B`` or ``.lora_down`` / ``.lora_up`` (or ``.down.weight`` / ``.up.weight``),
-``.alpha`` optional (none: scaling 1), ``.lora_mid.weight``, DoRA magnitudes, ``.diff`` and ``.diff_b``; what else ends in
-``.weight`` or ``.bias`` is a whole tensor. Written: bare module paths, ``.lora_A.weight`` / ``.lora_B.weight`` and a scalar
-``.alpha``; ``up @ down`` is the update of an [o,i] weight. What names and shapes cannot say (rank-stabilised scaling,
-Embedding and transposed layers, the axis of a magnitude, scalings of whole deltas) stands in the metadata under
-``loratool.modules``, so nothing of the representation is lost.
+Read: ``<module>.lora_A[.weight]`` / ``.lora_B`` or ``.lora_down`` / ``.lora_up`` (or ``.down.weight`` /
+``.up.weight``), ``.alpha`` optional (none: scaling 1), ``.lora_mid.weight``, DoRA magnitudes, ``.diff`` and
+``.diff_b``; what else ends in ``.weight`` or ``.bias`` is a whole tensor. Written: bare module paths,
+``.lora_A.weight`` / ``.lora_B.weight`` and a scalar ``.alpha``; ``up @ down`` is the update of an [o,i] weight. What
+names and shapes cannot say (rank-stabilised scaling, Embedding and transposed layers, the axis of a magnitude,
+scalings of whole deltas) stands in the metadata under ``loratool.modules``: nothing of the representation is lost.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ LAYOUT = Layout(
         ("bias", ".lora_B.bias"),
     ),
 )
+OWN = Layout(LAYOUT.slots)  # what is written
 MODULES = "loratool.modules"  # metadata: what names and shapes cannot say, JSON by module
 SOURCE = "loratool.source"  # metadata: the configuration of the file this one was made from, JSON
 
@@ -66,45 +67,83 @@ def sniff(evidence: Evidence) -> str | None:
 def read(evidence: Evidence) -> Adapter:
     """Read a raw file. Raises FormatError for what is malformed."""
     file = evidence.file
-    grouped, rest = LAYOUT.group(file.tensors)
+    own = MODULES in file.metadata  # ours: no spelling but our own, so that a whole tensor may be called mlp.up.weight
+    grouped, rest = (OWN if own else LAYOUT).group(file.tensors, where=file.path)
     extra = _extra(file.metadata, file.path)
     updates: dict[str, Update] = {}
     missing = 0
-    for module, slots in grouped.items():
-        base, _, part = module.rpartition("#")  # several updates of one module: <module>, <module>#2, ...
-        target = base if part.isdigit() else module
+    for module in sorted(grouped, key=lambda name: numbered(name)[1]):
         try:
-            found = build(target, slots, extra.get(module, {}), evidence)
+            found = build(numbered(module)[0], grouped[module], extra.get(module, {}), evidence)
         except FormatError as error:
             raise FormatError(error.what, error.where or f"{file.path}: {module}", error.hint) from None
-        missing += any(isinstance(u, LowRank) and u.alpha is None for u in found.values())
+        missing += any(u.rank is not None and u.alpha is None for u in found.values())
         for name, update in found.items():
             updates[name] = join(updates[name], update) if name in updates else update
     for key in rest:
-        if not key.endswith((".weight", ".bias")):
+        if not own and not key.endswith((".weight", ".bias")):
             raise FormatError("a tensor whose meaning is unknown", f"{file.path}: {key}")
-    source = json.loads(file.metadata.get(SOURCE, "{}"))
     warnings = [f"alpha is missing for {missing} of {len(grouped)} modules: their scaling is 1"] if missing else []
     metadata = Metadata(
         format="raw",
         path=evidence.path,
         weights=(evidence.weights,),
         strings={k: v for k, v in file.metadata.items() if k not in (MODULES, SOURCE)},
-        config=source.get("config", {}),
-        architecture=source.get("architecture"),
-        base_model=source.get("base_model"),
+        **_table(file.metadata, SOURCE, _SOURCE, file.path),
         warnings=tuple(warnings),
     )
     return Adapter(updates, rest, metadata, {})
 
 
+def numbered(module: str) -> tuple[str, int]:
+    """A module's own name and which of its updates this is: ``<module>``, ``<module>#2``, ..."""
+    name, _, number = module.rpartition("#")
+    return (name, int(number)) if name and number.isdecimal() and len(number) < 6 else (module, 1)
+
+
+Checks = Mapping[str, Callable[[Any], bool]]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+_EXTRA: Checks = {
+    "rank_stabilised": lambda value: isinstance(value, bool),
+    "layer": lambda value: value in ("plain", "transposed", "embedding"),
+    "axis": lambda value: type(value) is int and value in (0, 1),
+    "scaling": _is_number,
+    "bias_scaling": _is_number,
+    "kind": lambda value: isinstance(value, str),
+}
+_SOURCE: Checks = {
+    "config": lambda value: isinstance(value, dict),
+    "architecture": lambda value: isinstance(value, str),
+    "base_model": lambda value: isinstance(value, str),
+}
+
+
 def _extra(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
+    """What names and shapes cannot say, by module."""
+    table = _table(metadata, MODULES, None, path)
+    return {name: _checked(words, MODULES, _EXTRA, f"{path}: {name}") for name, words in table.items()}
+
+
+def _table(metadata: Mapping[str, str], key: str, checks: Checks | None, path: Path) -> dict[str, Any]:
+    """One JSON table of the metadata, its words checked. Raises FormatError."""
     try:
-        table = json.loads(metadata.get(MODULES, "{}"))
-    except ValueError:
+        table = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError):
         table = None
-    if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):
-        raise FormatError(f"the metadata {MODULES} is no JSON table", path)
+    return _checked(table, key, checks, path)
+
+
+def _checked(table: Any, key: str, checks: Checks | None, where: object) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise FormatError(f"the metadata {key} is no JSON table", where)
+    for word, value in table.items():
+        if checks is not None and not (word in checks and checks[word](value)):
+            raise FormatError(f"the metadata {key} says {word} = {str(value)[:40]!r}, which means nothing here", where)
     return table
 
 
@@ -112,7 +151,7 @@ def build(module: str, slots: Mapping[str, Tensor], extra: Mapping[str, Any], ev
     """The updates of one module's slots. Raises FormatError without a place where the slots do not fit."""
     for slot, tensor in slots.items():
         if tensor.dtype not in FLOATS and slot != "alpha":
-            raise FormatError(f"{slot} is stored as {tensor.dtype}", module)
+            raise FormatError(f"{slot} is stored as {tensor.dtype}")
     found: dict[str, Update] = {}
     if "diff" in slots:
         found[module] = Dense(slots["diff"], extra.get("scaling", 1.0), extra.get("kind", "full"))
@@ -127,7 +166,7 @@ def build(module: str, slots: Mapping[str, Tensor], extra: Mapping[str, Any], ev
         update = DoRA(low, rest["magnitude"], extra.get("axis", magnitude_axis(rest["magnitude"])))
     if "bias" in rest:
         if "diff_b" in slots:
-            raise FormatError("both lora_B.bias and diff_b", module)
+            raise FormatError("both lora_B.bias and diff_b")
         found[f"{module}.bias"] = Dense(rest["bias"], low.scaling, "bias")
     found[module] = join(found[module], update) if module in found else update
     return found

@@ -84,7 +84,9 @@ def account(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float
     for name in changes.touched:
         dtype = headed.parameters[name][0].tensor.dtype
         if dtype not in FLOATS:
-            raise FormatError(f"a quantised weight ({dtype}) cannot be changed yet", name, "give the base in 16 or 32 bit")
+            raise FormatError(
+                f"a quantised weight ({dtype}) cannot be changed yet", name, "give the base in 16 or 32 bit"
+            )
     return changes
 
 
@@ -169,7 +171,9 @@ def _replace(changes: Changes, slot: Slot, tensor: Tensor, strength: float, modu
     tensor = tensor.T if slot.transposed else tensor
     same = trimmed(tensor.shape) == trimmed(shape)
     if not same and (tensor.shape[1:] != shape[1:] or slot.parts > 1 or strength != 1.0):
-        raise MatchError(f"a whole tensor of shape {list(tensor.shape)} for {list(shape)}", f"{module} -> {slot.tensor}")
+        raise MatchError(
+            f"a whole tensor of shape {list(tensor.shape)} for {list(shape)}", f"{module} -> {slot.tensor}"
+        )
     if slot.parts == 1 and strength == 1.0 and slot.tensor not in changes.replaced:
         changes.replaced[slot.tensor] = tensor.reshape(*stored) if same else tensor
         return

@@ -121,9 +121,9 @@ def squares(one: Update, other: Update, base: Tensor | None = None) -> _Squares:
         other = turned("transposed" if getattr(other, "layer", "") == "plain" else "plain")
         if trimmed(one.shape) != trimmed(other.shape):
             raise MatchError(f"the updates' shapes differ: {list(one.shape)} and {list(other.shape)}")
-    pair = _pair(one), _pair(other)
-    if pair[0] is not None and pair[1] is not None:
-        (up, down), (up2, down2) = pair
+    first, second = _pair(one), _pair(other)
+    if first is not None and second is not None:
+        (up, down), (up2, down2) = first, second
         stacked = product_norm(np.hstack((up, -up2)), np.vstack((down, down2)))
         same = up.shape == up2.shape and np.array_equal(up, up2) and np.array_equal(down, down2)
         return _Squares(product_norm(up, down) ** 2, product_norm(up2, down2) ** 2, 0.0 if same else stacked**2)
@@ -149,8 +149,8 @@ def _pair(update: Update) -> tuple[np.ndarray, np.ndarray] | None:
 
 def product_norm(up: np.ndarray, down: np.ndarray) -> float:
     """||up @ down|| of up [o,r], down [r,i] without the product: from the triangular factors of both."""
-    left = np.linalg.qr(up, mode="r")  # [<=r, r]
-    right = np.linalg.qr(down.T, mode="r")
+    left = np.asarray(np.linalg.qr(up, mode="r"))  # [<=r, r]
+    right = np.asarray(np.linalg.qr(down.T, mode="r"))
     return float(np.linalg.norm(left @ right.T))
 
 

@@ -16,7 +16,7 @@ from loratool.errors import MatchError
 from loratool.files import check_space, prepare_output, staged
 from loratool.model import Model, WeightFile, stale_copies
 from loratool.ops.changes import Changes, account
-from loratool.plan import OutputFile, Outcome, Plan, Run, Step, Writer, thread_count
+from loratool.plan import Outcome, OutputFile, Plan, Run, Step, Writer, thread_count
 from loratool.tensors import FLOATS, Tensor, header_bytes
 
 Progress = Callable[[int, int], None]
@@ -116,9 +116,7 @@ def _output(model: Model, weights: WeightFile, changes: Changes, dtype: str | No
     return OutputFile(weights.name, tuple(steps), metadata)
 
 
-def _step(
-    model: Model, weights: WeightFile, key: str, tensor: Tensor, changes: Changes, dtype: str | None
-) -> Step:
+def _step(model: Model, weights: WeightFile, key: str, tensor: Tensor, changes: Changes, dtype: str | None) -> Step:
     name = weights.prefix + key
     unique = name if len(model.parameters[name]) == 1 else f"{name} ({weights.name})"
     base = changes.replaced.get(name, tensor)
@@ -160,9 +158,7 @@ def _warnings(model: Model) -> list[str]:
     return [f"copied unmerged, other forms of the same weights: {', '.join(copies[:5])}"] if copies else []
 
 
-def _documents(
-    model: Model, outputs: Sequence[OutputFile], changes: Changes, dtype: str | None
-) -> dict[str, bytes]:
+def _documents(model: Model, outputs: Sequence[OutputFile], changes: Changes, dtype: str | None) -> dict[str, bytes]:
     """Configuration and index files that the merge changes."""
     documents: dict[str, bytes] = {}
     for name, index in model.index_files.items():

@@ -44,6 +44,9 @@ class _Comparer:
     worst: dict[str, tuple[int, int]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def reserve(self, output: OutputFile) -> None:
+        """Nothing is written."""
+
     def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
         """Compare rows from ``start`` on."""
         found = self.merged.get(step.name)
@@ -61,13 +64,13 @@ class _Comparer:
 
 
 def ulps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The distance of two arrays of one dtype in units of the last place (integers: their difference; 0 and -0 are 1)."""
+    """The distance of two arrays of one dtype in units of the last place (integers: their difference)."""
     width = one.dtype.itemsize
     a, b = (x.reshape(-1).view(f"u{width}").astype(object if width == 8 else np.int64) for x in (one, other))
     if one.dtype.kind in "fV" or one.dtype.name.startswith(("bfloat", "float")):
         sign = 1 << (8 * width - 1)
         a, b = (np.where(x >= sign, sign - 1 - x, x) for x in (a, b))  # ordered as the values are
-    return np.abs(a - b)
+    return np.asarray(np.abs(a - b))
 
 
 def verify(
