@@ -25,6 +25,7 @@ _HOMES = {
     "inspect": "loratool.api",
     "list_formats": "loratool.api",
     "merge": "loratool.api",
+    "plan_convert": "loratool.api",
     "plan_merge": "loratool.api",
     "read": "loratool.api",
     "verify": "loratool.api",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from loratool.api import inspect as inspect
     from loratool.api import list_formats as list_formats
     from loratool.api import merge as merge
+    from loratool.api import plan_convert as plan_convert
     from loratool.api import plan_merge as plan_merge
     from loratool.api import read as read
     from loratool.api import verify as verify

@@ -1,26 +1,29 @@
 """The public functions: what the command line's commands are, for Python.
 
-Paths are local. Every function raises the errors of `loratool.errors` and prints nothing.
+Paths are local. Every function raises the errors of `loratool.errors` and prints nothing. Operations are imported by
+the functions that need them: looking at headers starts at once.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from loratool import formats
+from loratool import __version__, formats
 from loratool.adapter import Adapter, Loss
 from loratool.errors import UsageError
-from loratool.files import existing, prepare_output, staged
-from loratool.formats.base import Evidence
+from loratool.files import check_space, existing, prepare_output, staged
+from loratool.formats.base import Evidence, Format
 from loratool.model import Model, read_model
-from loratool.ops import compare as comparing
-from loratool.ops import convert as converting
-from loratool.ops import inspect as inspecting
-from loratool.ops import verify as verifying
-from loratool.ops.merge import Merge, MergeReport, Progress, prepare_merge, run_merge
+
+if TYPE_CHECKING:
+    from loratool.ops.compare import Comparison
+    from loratool.ops.inspect import Inspection
+    from loratool.ops.merge import Merge, MergeReport, Progress
+    from loratool.ops.verify import VerifyReport
 
 AnyPath = str | os.PathLike[str]
 Source = AnyPath | Adapter
@@ -45,9 +48,47 @@ class ConvertReport:
     source_format: str
     format: str
     modules: int
+    bytes_written: int
     losses: tuple[str, ...]
     unmatched: tuple[str, ...]
+    content_hash: str
+    operation: str
+    version: str
+    inputs: Mapping[str, str]
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion worked out and not yet written: what goes to ``out``, and what does not."""
+
+    adapter: Adapter
+    out: Path
+    format: Format
+    losses: tuple[Loss, ...]
+    unmatched: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def modules(self) -> int:
+        """Modules that the output will have."""
+        lost = {loss.name for loss in self.losses}
+        return sum(self.adapter.spelling(name) not in lost for name in self.adapter.modules())
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as plain data: every tensor, and what the run needs."""
+        from loratool.ops.convert import describe
+
+        return {
+            "output": str(self.out),
+            "source_format": self.adapter.metadata.format,
+            "format": self.format.name,
+            "modules": self.modules,
+            **describe(self.adapter),
+            "losses": [str(loss) for loss in self.losses],
+            "unmatched": list(self.unmatched),
+            "warnings": list(self.warnings),
+        }
 
 
 @dataclass(frozen=True)
@@ -91,7 +132,9 @@ def write(
     Raises LossError (exit code 5), before anything is written, for what the format cannot say unless ``allow_loss``;
     LoratoolError when ``path`` exists, unless ``overwrite``.
     """
-    converting.require_scaling(adapter)
+    from loratool.ops.convert import require_scaling
+
+    require_scaling(adapter)
     chosen = formats.by_name(format)
     inputs = {"the adapter": adapter.metadata.path} if adapter.metadata.path else {}
     out = prepare_output(path, overwrite, inputs)
@@ -101,14 +144,54 @@ def write(
     return losses
 
 
-def inspect(path: Source, *, norms: bool = False, reading: Reading | None = None) -> inspecting.Inspection:
+def inspect(path: Source, *, norms: bool = False, reading: Reading | None = None) -> Inspection:
     """Describe an adapter from its headers (with ``norms`` also the size of each update)."""
-    return inspecting.inspect(_adapter(path, reading), norms)
+    from loratool.ops.inspect import inspect
+
+    return inspect(_adapter(path, reading), norms)
 
 
 def list_formats() -> list[FormatRow]:
     """Every format: its name, whether it is read and written, and the kinds it can express."""
     return [FormatRow(f.name, f.title, True, True, f.kinds) for f in formats.FORMATS]
+
+
+def plan_convert(
+    adapter: Source,
+    out: AnyPath,
+    *,
+    to: str,
+    source_format: str | None = None,
+    base: Base | None = None,
+    dtype: str = "keep",
+    allow_loss: bool = False,
+    allow_unmatched: bool = False,
+    overwrite: bool = False,
+    reading: Reading | None = None,
+) -> Conversion:
+    """Work out a conversion without writing anything. Raises all that `convert` would refuse."""
+    from loratool.ops.changes import Changes, check_values
+    from loratool.ops.convert import cast, fit, parse_dtype
+
+    chosen, stored, reading = formats.by_name(to), parse_dtype(dtype), reading or Reading()
+    model = None if base is None else _model(base, reading)
+    source = (
+        adapter if isinstance(adapter, Adapter) else read(adapter, format=source_format, base=model, reading=reading)
+    )
+    inputs = {"the adapter": source.metadata.path, "the base": model.path if model else None}
+    path = prepare_output(out, overwrite, {what: path for what, path in inputs.items() if path})
+    values = Changes()
+    check_values(source, values)
+    unmatched: tuple[str, ...] = ()
+    target = source
+    if model is not None:
+        target, unmatched = fit(source, model, allow_unmatched)
+    target = cast(target, stored)
+    losses = formats.check_losses(target, chosen, allow_loss)
+    warnings = (*source.metadata.warnings, *values.warnings)
+    planned = Conversion(target, path, chosen, tuple(losses), unmatched, warnings)
+    check_space(path.parent, planned.describe()["disk_needed"])
+    return planned
 
 
 def convert(
@@ -122,43 +205,52 @@ def convert(
     allow_loss: bool = False,
     allow_unmatched: bool = False,
     overwrite: bool = False,
-    dry_run: bool = False,
     reading: Reading | None = None,
 ) -> ConvertReport:
     """Convert an adapter to another format: the same deltas under other names.
 
     ``dtype`` is one of keep, fp32, fp16, bf16. ``base`` gives names, and every module must then have its place in it.
-    Raises what `read` and `write` raise, MatchError, and NumericError when a dtype cannot hold a value.
+    Raises what `read` and `write` raise, MatchError, and NumericError (NaN; a dtype that cannot hold a value).
     """
-    chosen = formats.by_name(to)
-    if dtype not in converting.DTYPES:
-        raise UsageError("unknown dtype", repr(dtype), f"one of {', '.join(converting.DTYPES)}")
-    reading = reading or Reading()
-    model = None if base is None else _model(base, reading)
-    source = (
-        adapter if isinstance(adapter, Adapter) else read(adapter, format=source_format, base=model, reading=reading)
+    planned = plan_convert(
+        adapter,
+        out,
+        to=to,
+        source_format=source_format,
+        base=base,
+        dtype=dtype,
+        allow_loss=allow_loss,
+        allow_unmatched=allow_unmatched,
+        overwrite=overwrite,
+        reading=reading,
     )
-    converting.require_scaling(source)
-    unmatched: tuple[str, ...] = ()
-    target = source
-    if model is not None:
-        target, unmatched = converting.fit(source, model, allow_unmatched)
-    target = converting.cast(target, converting.DTYPES[dtype])
-    losses = formats.check_losses(target, chosen, allow_loss)
-    inputs = {"the adapter": source.metadata.path} if source.metadata.path else {}
-    path = prepare_output(out, overwrite, inputs)
-    if not dry_run:
-        weights = {f"adapter/{p.name}": p for p in source.metadata.weights}
-        target = converting.with_provenance(target, "convert", weights)
-        write(target, path, format=to, overwrite=overwrite, allow_loss=allow_loss)
+    return run_convert(planned, overwrite=overwrite)
+
+
+def run_convert(planned: Conversion, *, overwrite: bool = False) -> ConvertReport:
+    """Carry out a conversion: its output appears complete and flushed, or not at all."""
+    from loratool.ops.convert import input_hashes, with_provenance
+    from loratool.tensors import CONTENT_HASH
+
+    adapter = planned.adapter
+    inputs = input_hashes({f"adapter/{path.name}": path for path in adapter.metadata.weights})
+    with staged(planned.out, overwrite) as temporary:
+        planned.format.write(with_provenance(adapter, "convert", inputs), temporary)
+        written = Evidence(temporary).file
+        size = sum(p.stat().st_size for p in (temporary, *temporary.rglob("*")) if p.is_file())
     return ConvertReport(
-        output=str(path),
-        source_format=source.metadata.format,
-        format=to,
-        modules=len(source.modules()),
-        losses=tuple(map(str, losses)),
-        unmatched=unmatched,
-        warnings=source.metadata.warnings,
+        output=str(planned.out),
+        source_format=adapter.metadata.format,
+        format=planned.format.name,
+        modules=planned.modules,
+        bytes_written=size,
+        losses=tuple(map(str, planned.losses)),
+        unmatched=planned.unmatched,
+        content_hash=written.metadata[CONTENT_HASH],
+        operation="convert",
+        version=__version__,
+        inputs=inputs,
+        warnings=planned.warnings,
     )
 
 
@@ -172,10 +264,12 @@ def plan_merge(
     reading: Reading | None = None,
 ) -> Merge:
     """Work out a merge without writing anything: what ``--dry-run`` shows. Raises all that a merge would refuse."""
+    from loratool.ops.convert import parse_dtype
+    from loratool.ops.merge import prepare_merge
+
     if not adapters:
         raise UsageError("no adapter given")
-    if dtype not in converting.DTYPES:
-        raise UsageError("unknown dtype", repr(dtype), f"one of {', '.join(converting.DTYPES)}")
+    stored = parse_dtype(dtype)
     if strengths and len(strengths) != len(adapters):
         raise UsageError(
             f"{len(strengths)} strengths for {len(adapters)} adapters",
@@ -184,7 +278,7 @@ def plan_merge(
     reading = reading or Reading()
     model = _model(base, reading)
     loaded = [a if isinstance(a, Adapter) else read(a, base=model, reading=reading) for a in adapters]
-    return prepare_merge(model, loaded, strengths, converting.DTYPES[dtype], allow_unmatched)
+    return prepare_merge(model, loaded, strengths, stored, allow_unmatched)
 
 
 def merge(
@@ -205,6 +299,8 @@ def merge(
     that need the base (DoRA): W + s (W' - W). Raises MatchError (a module without a target, a shape that differs),
     NumericError (NaN, overflow), FormatError, UsageError, LoratoolError (output exists, I/O, out of disk).
     """
+    from loratool.ops.merge import run_merge
+
     flat = _flat(adapters)
     planned = plan_merge(base, flat, strengths, dtype=dtype, allow_unmatched=allow_unmatched, reading=reading)
     return run_merge(planned, os.fspath(out), device=device, overwrite=overwrite, progress=progress)
@@ -221,26 +317,29 @@ def verify(
     allow_unmatched: bool = False,
     reading: Reading | None = None,
     progress: Progress | None = None,
-) -> verifying.VerifyReport:
+) -> VerifyReport:
     """Replay the merge against ``merged``, block by block; ``.ok`` says whether every stored value agrees.
 
     ``tolerance`` is in units of the last place. Raises what `merge` raises before it writes.
     """
+    from loratool.ops.verify import verify
+
     flat = _flat(adapters)
     planned = plan_merge(base, flat, strengths, dtype=dtype, allow_unmatched=allow_unmatched, reading=reading)
     other = _model(merged, reading or Reading())
-    return verifying.verify(planned, other, device=device, tolerance=tolerance, progress=progress)
+    return verify(planned, other, device=device, tolerance=tolerance, progress=progress)
 
 
-def compare(
-    first: Source, second: Source, *, base: Base | None = None, reading: Reading | None = None
-) -> comparing.Comparison:
+def compare(first: Source, second: Source, *, base: Base | None = None, reading: Reading | None = None) -> Comparison:
     """The relative difference of two adapters' updates, module by module, blind to how they are factored."""
+    from loratool.ops.compare import compare
+    from loratool.ops.convert import require_scaling
+
     model = None if base is None else _model(base, reading or Reading())
     one, other = (_adapter(source, reading) for source in (first, second))
     for adapter in (one, other):
-        converting.require_scaling(adapter)
-    return comparing.compare(one, other, model)
+        require_scaling(adapter)
+    return compare(one, other, model)
 
 
 def _adapter(source: Source, reading: Reading | None) -> Adapter:
@@ -263,6 +362,7 @@ def _flat(adapters: Sequence[Source | Sequence[Source]]) -> list[Source]:
 
 
 __all__ = [
+    "Conversion",
     "ConvertReport",
     "FormatRow",
     "Reading",
@@ -272,8 +372,10 @@ __all__ = [
     "inspect",
     "list_formats",
     "merge",
+    "plan_convert",
     "plan_merge",
     "read",
+    "run_convert",
     "verify",
     "write",
 ]

@@ -9,14 +9,14 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from loratool import __version__
-from loratool.errors import LoratoolError, LossError, UsageError
+from loratool.errors import SHOWN, LoratoolError, UsageError
 
 if TYPE_CHECKING:
     from loratool.api import Reading
@@ -106,7 +106,14 @@ _dtype = click.option(
 # ---------------------------------------------------------------- commands
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _InOrder(click.Group):
+    """Lists its commands in the order of their definition."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="loratool %(version)s")
 def app() -> None:
     """Read, write, convert and merge LoRA-family adapters. Every tensor accounted for.
@@ -165,18 +172,21 @@ def formats_command(json: bool) -> None:
 @_json
 @_reads
 @_common
-def convert_command(adapter: str, out: str, json: bool, dry_run: bool, **options: Any) -> None:
+def convert_command(adapter: str, out: str, overwrite: bool, dry_run: bool, json: bool, **options: Any) -> None:
     """Convert an adapter to another format: the same updates under other names."""
     from loratool import api
     from loratool.show import show_conversion
 
-    report = api.convert(adapter, out, dry_run=dry_run, **options)
+    planned = api.plan_convert(adapter, out, overwrite=overwrite, **options)
+    if dry_run:
+        _show_plan(planned.describe(), json)
+        return
+    report = api.run_convert(planned, overwrite=overwrite)
     if json:
         _print_json(dataclasses.asdict(report))
     else:
-        show_conversion(report, dry_run)
-        _warn(report.warnings)
-        _warn(f"lost: {loss}" for loss in report.losses)
+        show_conversion(report)
+        _warn((*report.warnings, *(f"lost: {loss}" for loss in report.losses)))
         _warn(f"no target in the base: {name}" for name in report.unmatched)
 
 
@@ -206,13 +216,15 @@ def merge_command(
 ) -> None:
     """Merge adapters into a base model: base + sum of strength x update, streamed, rounded once."""
     from loratool import api
-    from loratool.ops.merge import run_merge
+    from loratool.devices import choose
+    from loratool.ops.merge import check_output, describe, run_merge
     from loratool.show import show_merge
 
     planned = api.plan_merge(base, adapters, strength, **options)
     _explain(planned)
     if dry_run:
-        _show_plan(planned, out, overwrite, device, json)
+        check_output(planned, out, overwrite)
+        _show_plan(describe(planned, out, choose(device, planned.plan.changed).name), json)
         return
     with _progress("merging") as progress:
         report = run_merge(planned, out, device=device, overwrite=overwrite, progress=progress)
@@ -290,20 +302,14 @@ def _explain(planned: Merge) -> None:
             _say(f"{read}, strength {strength:g}")
 
 
-def _show_plan(planned: Merge, out: str, overwrite: bool, device: str, json: bool) -> None:
-    """The plan of a merge, after every check that the real run makes before it computes."""
-    from loratool.devices import choose
-    from loratool.ops.merge import check_output, describe
+def _show_plan(plan: Mapping[str, Any], json: bool) -> None:
     from loratool.show import show_plan
 
-    check_output(planned, out, overwrite)
-    chosen = choose(device, planned.plan.changed)
-    plan = describe(planned, out, chosen.name)
     if json:
         _print_json(plan)
     else:
         show_plan(plan)
-        _warn(planned.plan.warnings)
+        _warn((*plan["warnings"], *(f"would lose {loss}" for loss in plan.get("losses", ()))))
 
 
 def _print_json(value: Any) -> None:
@@ -351,8 +357,8 @@ def _fail(error: LoratoolError) -> NoReturn:
     from loratool.show import printable
 
     lines = [f"error: {' '.join(str(error).split())}"]
-    if isinstance(error, LossError):
-        lines += [f"  would lose {loss}" for loss in error.losses]
+    if len(error.items) > SHOWN:
+        lines += [f"  {item}" for item in error.items]
     if error.hint:
         lines.append(f"hint: {error.hint}")
     print(*map(printable, lines), sep="\n", file=sys.stderr)

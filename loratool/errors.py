@@ -1,12 +1,15 @@
 """What can go wrong: one error family for each exit code.
 
 Every error says *what* happened, *where* (file, module or tensor) and, where there is something to do
-about it, a *hint*. The command line prints them as ``error: what, where`` and ``hint: what to do``.
+about it, a *hint*. The command line prints them as ``error: what, where`` and ``hint: what to do``; where an error is
+about many *items*, each on a line of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+SHOWN = 3  # items that the line of an error names
 
 
 class LoratoolError(Exception):
@@ -14,8 +17,8 @@ class LoratoolError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, where: object = "", hint: str = "") -> None:
-        self.what, self.where, self.hint = what, str(where), hint
+    def __init__(self, what: str, where: object = "", hint: str = "", items: Sequence[str] = ()) -> None:
+        self.what, self.where, self.hint, self.items = what, str(where), hint, tuple(items)
         super().__init__(f"{what}, {self.where}" if self.where else what)
 
 
@@ -45,9 +48,10 @@ class LossError(LoratoolError):
 
     exit_code = 5
 
-    def __init__(self, what: str, where: object = "", hint: str = "", losses: Sequence[str] = ()) -> None:
-        super().__init__(what, where, hint)
-        self.losses = tuple(losses)
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What would be lost."""
+        return self.items
 
 
 class NumericError(LoratoolError):
@@ -60,3 +64,8 @@ class VerifyError(LoratoolError):
     """A proof failed: the output is not what it claims to be (exit code 7)."""
 
     exit_code = 7
+
+
+def some(items: Sequence[object], most: int = SHOWN) -> str:
+    """The first few of many, for the line that says where."""
+    return "; ".join(map(str, items[:most])) + ("; ..." if len(items) > most else "")

@@ -16,6 +16,7 @@ from typing import Any
 from loratool.errors import FormatError, LoratoolError
 
 CHUNK = 4 << 20  # bytes read at a time where a whole file is walked
+_OLD = ".old"  # ends the name under which an output that is being replaced waits
 
 _MAGIC = (
     (
@@ -118,9 +119,9 @@ def walk(folder: Path, allow_links: bool = False) -> Iterator[Path]:
 def check_link(path: Path, folder: Path) -> None:
     """Raise FormatError when ``path``, inside ``folder``, leads outside of it and of its hub cache."""
     real, top = path.resolve(), folder.resolve()
-    # a hub cache keeps <repo>/snapshots/<commit>/file -> <repo>/blobs/<hash>
-    cache = top.parent.parent if top.parent.name == "snapshots" else top
-    if not real.is_relative_to(top) and not (cache is not top and real.is_relative_to(cache / "blobs")):
+    # a hub cache keeps <repo>/snapshots/<commit>/[component/]file -> <repo>/blobs/<hash>
+    caches = [parent.parent / "blobs" for parent in top.parents if parent.name == "snapshots"]
+    if not any(real.is_relative_to(allowed) for allowed in (top, *caches)):
         raise FormatError("a link leaves its folder", path, "copy the file into the folder, or give --allow-links")
 
 
@@ -130,7 +131,7 @@ def inside(folder: Path, name: str, allow_links: bool = False) -> Path:
     if not name or name.startswith("/") or ".." in parts or "\0" in name or ":" in parts[0]:
         raise FormatError(f"unsafe path {name!r}", folder)
     path = folder / name
-    if path.is_symlink() and not allow_links:
+    if not allow_links:
         check_link(path, folder)
     return path
 
@@ -145,8 +146,10 @@ def prepare_output(out: str | os.PathLike[str], overwrite: bool, inputs: Mapping
         raise LoratoolError("the output needs a name of its own", path)
     for what, source in (inputs or {}).items():
         here, there = path.resolve(), source.resolve()
-        if here == there or here in there.parents or (there.is_dir() and there in here.parents):
+        if here == there or here in there.parents:
             raise LoratoolError(f"the output would overwrite {what}", path, "choose another output path")
+        if there.is_dir() and there in here.parents:
+            raise LoratoolError(f"the output would lie inside {what}", path, "choose another output path")
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise LoratoolError("output exists", path, "give another path, or --overwrite to replace it")
     if not os.access(parent, os.W_OK):
@@ -193,11 +196,13 @@ def _host() -> str:
 
 
 def _sweep(out: Path) -> None:
-    """Remove the temporary output of runs on this machine that were killed."""
+    """Remove what killed runs on this machine left, and give back an old output that one was about to replace."""
     prefix = f".{out.name}.loratool-{_host()}-"
     for path in out.parent.glob(glob_escape(prefix) + "*"):
         pid = path.name[len(prefix) :].split("-")[0]
         if pid.isdigit() and int(pid) != os.getpid() and not Path("/proc", pid).exists() and os.path.isdir("/proc"):
+            if path.name.endswith(_OLD) and not os.path.lexists(out):
+                os.rename(path, out)
             remove(path)
 
 
@@ -219,14 +224,14 @@ def _flush(path: Path) -> None:
 
 def _replace(temporary: Path, out: Path) -> None:
     """Rename ``temporary`` to ``out``; an old ``out`` goes only once the new one stands."""
-    old = out.with_name(temporary.name + ".old")
+    old = out.with_name(temporary.name + _OLD)
     is_folder = out.is_dir() and not out.is_symlink()
-    if is_folder or (out.exists() and temporary.is_dir()):
+    if is_folder or (os.path.lexists(out) and temporary.is_dir()):
         os.rename(out, old)
     try:
         os.replace(temporary, out)
     except BaseException:
-        if old.exists():
+        if os.path.lexists(old):
             os.rename(old, out)
         raise
     remove(old)

@@ -28,7 +28,7 @@ def sha256(path: Path, stop: threading.Event | None = None) -> str:
     """The sha256 of a file's bytes, in hex; at once where it is remembered. Ends early when ``stop`` is set."""
     identity = _identity(path)
     known = _load().get(str(path.resolve()))
-    if known and known[0] == identity:
+    if isinstance(known, list) and len(known) == 2 and known[0] == identity:
         return str(known[1])
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK))

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from loratool.adapter import Adapter, parameter
 from loratool.architectures import Slot
-from loratool.architectures.llm import CONV1D_LEAVES, CONV1D_MODELS, RENAMED_PREFIXES
+from loratool.architectures.llm import CONV1D_MODELS, CONV1D_NAMES, RENAMED_PREFIXES
 from loratool.errors import MatchError
 from loratool.model import Model
 from loratool.update import DoRA, LowRank, Update, trimmed
@@ -177,12 +177,12 @@ def _orientations(update: Update, place: Slot, model: Model) -> list[Update]:
 
 def stores_transposed(name: str, model: Model) -> bool | None:
     """Whether the base stores this weight as [in,out] (transformers' Conv1D); None where nothing tells."""
-    if leaf(name) not in CONV1D_LEAVES:
+    if not CONV1D_NAMES.search(name):
         return False
     model_type = model.config_of(name).get("model_type")
     if model_type is not None:
         return model_type in CONV1D_MODELS
     # without a config.json, a fused projection of the same model shows it: [d,3d] is [in,out]
-    shapes = [model.shape(n) for n in model.parameters if leaf(n) in ("c_attn", "c_fc") and n.endswith(".weight")]
+    shapes = [model.shape(n) for n in model.parameters if CONV1D_NAMES.search(n) and leaf(n) in ("c_attn", "c_fc")]
     wide = {rows < columns for rows, columns in (s for s in shapes if len(s) == 2) if rows != columns}
     return wide.pop() if len(wide) == 1 else None

@@ -28,13 +28,11 @@ def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
             path,
             "--allow-pickle reads it, its tensors only; better convert it to safetensors",
         )
-    import pickle
-
     import torch
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # whatever a damaged pickle makes the unpickler stumble over
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FormatError(f"not a readable pickle of tensors: {first[:200]}", path) from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):

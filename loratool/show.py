@@ -37,7 +37,7 @@ def size(count: float) -> str:
 
 def facts(pairs: Iterable[tuple[str, object]]) -> None:
     """Aligned lines of name and value."""
-    rows = [(name, str(value)) for name, value in pairs if value not in (None, "", ())]
+    rows = [(name, printable(str(value))) for name, value in pairs if value not in (None, "", ())]
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
@@ -45,10 +45,10 @@ def facts(pairs: Iterable[tuple[str, object]]) -> None:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns; on a terminal a long list is abridged."""
-    shown = list(rows)
+    shown = [[printable(cell) for cell in row] for row in rows]
     cut = len(shown) - _ABRIDGED if sys.stdout.isatty() and len(shown) > _ABRIDGED + 4 else 0
     shown = shown[:_ABRIDGED] if cut else shown
-    widths = [max(len(cell) for cell in column) for column in zip(head, *shown, strict=True)]
+    widths = [max(len(cell) for cell in column) for column in zip(list(head), *shown, strict=True)]
     for row in (head, *shown):
         line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         print("  " + (bold(line) if row is head else line))
@@ -65,7 +65,7 @@ def counts(values: Mapping[str, int]) -> str:
 
 def show_inspection(path: str, found: Inspection, targets: bool) -> None:
     """The facts of one adapter."""
-    print(bold(path))
+    print(bold(printable(path)))
     lows = [t for t in found.targets if t.rank is not None]
     facts(
         (
@@ -132,15 +132,22 @@ def show_formats(rows: Sequence[FormatRow]) -> None:
     table(("format", "reads", "writes", "kinds", "what"), cells)
 
 
-def show_conversion(report: ConvertReport, dry_run: bool) -> None:
+def show_conversion(report: ConvertReport) -> None:
     """What a conversion wrote."""
-    done = "would write" if dry_run else "wrote"
-    print(f"{done} {bold(report.output)}: {report.modules:,} modules, {report.source_format} -> {report.format}")
+    print(f"wrote {bold(printable(report.output))}")
+    facts(
+        (
+            ("format", f"{report.source_format} -> {report.format}"),
+            ("modules", f"{report.modules:,}" + (f" ({len(report.losses):,} parts lost)" if report.losses else "")),
+            ("written", size(report.bytes_written)),
+            ("content", report.content_hash[:16]),
+        )
+    )
 
 
 def show_merge(report: MergeReport) -> None:
     """What a merge wrote."""
-    print(f"merged into {bold(report.output)}")
+    print(f"merged into {bold(printable(report.output))}")
     facts(
         (
             ("modules", f"{report.modules:,} applied"),
@@ -162,9 +169,9 @@ def show_verification(report: VerifyReport) -> None:
     """Whether a merged model was proven."""
     if report.ok:
         tensors = report.tensors_changed + report.tensors_copied
-        print(f"verified {bold(report.output)}: all {tensors:,} tensors are as the merge gives them")
+        print(f"verified {bold(printable(report.output))}: all {tensors:,} tensors are as the merge gives them")
         return
-    print(f"{bold(report.output)} is not the merge:")
+    print(f"{bold(printable(report.output))} is not the merge:")
     table(("tensor", "why"), [(failure.module, failure.why) for failure in report.failures])
 
 
@@ -192,22 +199,28 @@ def show_comparison(found: Comparison, every: bool) -> None:
 def show_plan(plan: Mapping[str, Any]) -> None:
     """Every tensor of a plan, then the sums."""
     rows = [
-        (t["name"], t["action"], t["dtype"], "x".join(map(str, t["shape"])), ", ".join(t["modules"]))
+        (t["name"], t["action"], t["dtype"], "x".join(map(str, t["shape"])), ", ".join(t.get("modules", ())))
         for t in plan["tensors"]
     ]
-    table(("tensor", "action", "dtype", "shape", "by"), rows)
+    merging = "device" in plan
+    table(("tensor", "action", "dtype", "shape", "by") if merging else ("module", "tensor", "dtype", "shape", ""), rows)
     print()
-    facts(
-        (
-            ("output", plan["output"]),
-            ("modules", f"{plan['modules']:,}"),
+    pairs = [("output", plan["output"]), ("modules", f"{plan['modules']:,}")]
+    if merging:
+        pairs += [
             ("changed", f"{plan['tensors_changed']:,} tensors"),
             ("copied", f"{plan['tensors_copied']:,} tensors, {len(plan['files'])} other files"),
+            ("arithmetic", f"{plan['device']}, {plan['threads']} threads"),
+        ]
+    else:
+        pairs.append(("format", f"{plan['source_format']} -> {plan['format']}"))
+    facts(
+        (
+            *pairs,
             ("unmatched", _some(plan["unmatched"])),
             ("to read", size(plan["bytes_to_read"])),
             ("to write", size(plan["bytes_to_write"])),
             ("disk needed", size(plan["disk_needed"])),
-            ("memory", f"{size(plan['peak_memory'])} for blocks and factors, on {plan['threads']} threads"),
-            ("arithmetic", plan["device"]),
+            ("memory", f"{size(plan['peak_memory'])} for blocks and factors"),
         )
     )

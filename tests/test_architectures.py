@@ -269,8 +269,11 @@ def test_a_single_file_is_identified(known: Architecture) -> None:
 
 def test_other_single_files_are_not_identified() -> None:
     slots, shapes = SDXL.checkpoint(), SDXL.shapes()
-    refiner = {slots[f"{name}.weight"].tensor: (384, 1536) for name in shapes if name.startswith("unet.")}
+    narrow = {slots[f"{name}.weight"].tensor: (8, 16) for name in shapes if name.startswith("unet.")}
+    assert identify_checkpoint(narrow) is SDXL  # by its names, all of them and no others
+    refiner = narrow | {"model.diffusion_model.input_blocks.11.0.in_layers.0.weight": (16,)}
     assert identify_checkpoint(refiner) is None
+    assert identify_checkpoint(dict(list(narrow.items())[1:])) is None
     assert identify_checkpoint({}) is None
 
 

@@ -151,6 +151,12 @@ def test_odd_prefixes_of_published_files(pattern: str, component: str, model: st
     assert found.updates[name].alpha == 1.0
 
 
+def test_an_underscore_at_the_end_of_one_tensor_s_name_only_33(tmp_path: Path) -> None:
+    tensors = diffusion.kohya(some(PROJ_OUT), alpha=None)
+    tensors[f"{diffusion.flat(PROJ_OUT)}_.alpha"] = torch.tensor(1.0)
+    assert one(tmp_path, tensors).updates[PROJ_OUT].scaling == 0.5
+
+
 def test_suffixes_joined_by_an_underscore_35(tmp_path: Path) -> None:
     (down, up), module = some(TO_Q)[TO_Q], "lora_unet_" + diffusion.flat(TO_Q).removeprefix("lora_")
     tensors = {f"{module}_lora_down.weight": down, f"{module}_lora_up.weight": up}
@@ -198,7 +204,7 @@ def test_two_spellings_that_do_not_add_up_are_refused_54(tmp_path: Path) -> None
     tensors = diffusion.kohya(some(TO_Q)) | diffusion.kohya(some(TO_Q), {TO_Q: diffusion.flat(TO_Q) + "_"})
     for module in (diffusion.flat(TO_Q), diffusion.flat(TO_Q) + "_"):
         tensors[f"{module}.dora_scale"] = torch.ones(8, 1)
-    with pytest.raises(FormatError, match="cannot be added.*to_q and .*to_q_"):
+    with pytest.raises(FormatError, match=r"cannot be added.*to_q and .*to_q_"):
         one(tmp_path, tensors)
 
 
@@ -424,7 +430,7 @@ def test_an_untrained_module_stays_and_one_of_rank_zero_goes_39_40(tmp_path: Pat
 def test_half_a_module_or_an_unknown_tensor_is_refused(slot: str, tmp_path: Path) -> None:
     module = diffusion.flat(TO_Q)
     tensors = {f"{module}.{slot}": torch.ones(2, 2)} | diffusion.kohya(some(FC1))
-    with pytest.raises(FormatError, match="pair|factors|unknown") as error:
+    with pytest.raises(FormatError, match=r"pair|factors|unknown") as error:
         one(tmp_path, tensors)
     assert module in str(error.value)
 

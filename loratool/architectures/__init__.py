@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from loratool.architectures.base import Architecture, Row, Shape, Slot, agree
 from loratool.architectures.sd import SD1, SD2, SDXL, flatten, targets, unflatten
@@ -21,6 +21,7 @@ __all__ = [
     "flatten",
     "identify",
     "identify_checkpoint",
+    "identify_names",
     "targets",
     "unflatten",
 ]
@@ -51,11 +52,37 @@ def identify(modules: Mapping[str, Shape]) -> Architecture | None:
     return best if 2 * fitting > len(modules) and strangers <= unets else None
 
 
+def identify_names(modules: Iterable[str]) -> Architecture | None:
+    """The architecture whose tables know every one of these names, whatever the widths: for narrow test models.
+
+    Where several do, the one that would write most of the names just so (LDM names: XL).
+    """
+    names = list(modules)
+    knowing = [known for known in ARCHITECTURES if names and all(map(known.resolve, names))]
+    return max(knowing, key=lambda known: sum(n in known.kohya().backward for n in names), default=None)
+
+
 def identify_checkpoint(tensors: Mapping[str, Shape]) -> Architecture | None:
-    """The architecture of a single-file checkpoint, by tensor names and shapes, or None."""
+    """The architecture of a single-file checkpoint, by tensor names and shapes, or None.
+
+    A checkpoint of other widths is known by its names, if it has every name of the UNet and no other.
+    """
     counts = [(*_slots_fitting(known, tensors), known) for known in ARCHITECTURES]
     fitting, present, best = max(counts, key=lambda count: count[0])
-    return best if 2 * fitting > present else None
+    if 2 * fitting > present:
+        return best
+    whole = [(present, known) for _, present, known in counts if _has_unet(known, tensors)]
+    return max(whole, key=lambda count: count[0])[1] if whole else None
+
+
+def _has_unet(known: Architecture, tensors: Mapping[str, Shape]) -> bool:
+    """Whether the weights of the UNet are there by name, all of them and no others."""
+    slots = known.checkpoint(tensors)
+    unet = {slots[f"{name}.weight"].tensor for name in known.modules() if name.startswith("unet.")}
+    prefix = min(unet).partition("input_blocks.")[0]
+    there = {name for name in tensors if prefix and name.startswith(prefix) and name.endswith(".weight")}
+    # whether a block needs a skip connection is a matter of its widths
+    return there <= unet and all(".skip_connection." in name for name in unet - there)
 
 
 def _resolved(known: Architecture, modules: Mapping[str, Shape]) -> dict[str, str]:

@@ -5,6 +5,7 @@ Source: huggingface/transformers 4 and 5 (conversion_mapping.py, ``_tied_weights
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,10 @@ RENAMED_PREFIXES: tuple[tuple[str, str], ...] = (
     ("text_encoder_2.text_model.", "text_encoder_2."),
 )
 
-# Models whose projections are transformers' Conv1D, weight [in,out], and the leaf names of those projections.
+# Models whose projections are transformers' Conv1D, weight [in,out], and the names of those projections (OpenCLIP has
+# a c_fc and a c_proj too, plain ones).
 CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "decision_transformer", "imagegpt"))
-CONV1D_LEAVES = frozenset(("c_attn", "q_attn", "c_proj", "c_fc"))
+CONV1D_NAMES = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 # Leaf names of input embeddings: for formats that must know an Embedding and are told nothing.
 EMBEDDING_LEAVES = frozenset(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from loratool.adapter import Adapter, Loss
-from loratool.errors import FormatError, LossError, UsageError
+from loratool.errors import FormatError, LossError, UsageError, some
 from loratool.formats import diffusers, kohya, peft, raw
 from loratool.formats.base import Evidence, Format
 
@@ -78,7 +78,7 @@ def check_losses(adapter: Adapter, format: Format, allow_loss: bool = False) -> 
     if losses and not allow_loss:
         raise LossError(
             f"{format.name} cannot say {len(losses)} of {len(adapter.updates) + len(adapter.carried)} parts",
-            "; ".join(str(loss) for loss in losses),
+            some(losses),
             "--allow-loss writes it without them",
             [str(loss) for loss in losses],
         )

@@ -53,9 +53,14 @@ class Evidence:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The JSON configuration beside the tensors; empty where there is none."""
+        """The JSON configuration beside the tensors; empty where there is none.
+
+        Beside a file with the usual name of an adapter's weights it is that file's: other files have none.
+        """
         folder = self.path if self.path.is_dir() else self.path.parent
-        if not (folder / CONFIG).exists():
+        usual = (*_WEIGHTS, *_PICKLED)
+        another = self.path.name not in usual and any((folder / name).exists() for name in usual)
+        if not (folder / CONFIG).exists() or (folder is not self.path and another):
             return {}
         config = read_json(inside(folder, CONFIG, self.allow_links))
         if not isinstance(config, dict):

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
-from loratool.architectures import Architecture, architecture, flatten, identify, unflatten
-from loratool.architectures.base import Shape, split
+from loratool.architectures import Architecture, architecture, flatten, identify, identify_names, unflatten
+from loratool.architectures.base import Shape, flat, split
 from loratool.errors import FormatError, MatchError
 from loratool.formats import raw
 from loratool.formats.base import Evidence, Format, kept
@@ -55,6 +55,7 @@ LAYOUT = Layout(
     ),
 )
 _NORM = {"w_norm": "diff", "b_norm": "diff_b"}
+_LDM = re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_")
 _PREFIX = re.compile(r"^lora_(unet|te\d?)_")
 _LOOSE_END = re.compile(r"^([^.]*[^._])_+(?=\.)")  # lora_unet_proj_out_.alpha
 
@@ -66,7 +67,7 @@ _OTHERS = (
     (r"_blocks_\d+_(self_attn|cross_attn|ffn)_", "Wan"),
     (r"_(layers|context_refiner|noise_refiner)_\d+_(attention|feed_forward)_", "Lumina or Z-Image"),
     (r"^lora_te\d?_encoder_block_\d|^lora_te[3-9]_", "a T5 (or further) text encoder"),
-    (r"^lora_unet_(input_blocks|middle_block|output_blocks)_", "a UNet in LDM names of an unknown size"),
+    (_LDM.pattern, "a UNet in LDM names of an unknown size"),
 )
 _BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # ss_base_model_version
 
@@ -90,6 +91,8 @@ def read(evidence: Evidence) -> Adapter:
         raise FormatError("a tensor whose meaning is unknown", f"{file.path}: {key}")
     built = {module: _build(module, slots, evidence) for module, slots in grouped.items()}
     known = identify(shapes(built))
+    if known is None and any(_LDM.match(module) for module in built):
+        known = identify_names(built)  # these names are looked up in a table or not at all
     lookups = (known.from_kohya if known else unflatten, _Base(evidence.modules).find, unflatten)
     names = {module: _name(module, lookups, file.path) for module in built}
     updates, spellings = collect(built, names, ".diff_b", file.path)
@@ -137,9 +140,9 @@ class _Base:
     def __init__(self, modules: Iterable[str]) -> None:
         self._table: dict[tuple[str, str], set[str]] = {}
         for module in modules:
-            name = located(module.removeprefix("model.")) or module.removeprefix("model.")
-            if key := _flattened(name):
-                self._table.setdefault(key, set()).add(located(module) or module)
+            name = module.removeprefix("model.")
+            key = _flattened(located(name) or name) or ("unet", flat(name))  # kohya's word for the main model
+            self._table.setdefault(key, set()).add(located(module) or module)
 
     def find(self, name: str) -> str | None:
         """The module that a kohya name means. Raises MatchError where two have that name."""
@@ -250,10 +253,10 @@ def _kohya_name(adapter: Adapter, target: str, known: Architecture | None) -> st
         return known.kohya().forward.get(name) if known and name else None
     two = any(other.startswith("text_encoder_2.") for other in adapter.updates)
     try:
-        flat = flatten(name, "sdxl" if two else None)
+        spelled = flatten(name, "sdxl" if two else None)
     except ValueError:
         return None
-    return flat if unflatten(flat) == name or adapter.spellings.get(target) == flat else None
+    return spelled if unflatten(spelled) == name or adapter.spellings.get(target) == spelled else None
 
 
 def _slots(adapter: Adapter, target: str) -> dict[str, Tensor] | str:

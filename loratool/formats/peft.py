@@ -11,8 +11,9 @@ the keys, wrap modules once more or leave the prefix out; they are read alike. S
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -106,7 +107,7 @@ def read(evidence: Evidence) -> Adapter:
     """Read a PEFT folder or file. Raises FormatError for what is malformed or refused by name."""
     config, file = evidence.config, evidence.file
     _refuse(config, evidence.path)
-    grouped, rest = LAYOUT.group(file.tensors, normalise)
+    grouped, rest = LAYOUT.group(file.tensors, normalise, file.path)
     scales = Scales(config, evidence)
     updates: dict[str, Update] = {}
     spellings: dict[str, str] = {}
@@ -122,6 +123,8 @@ def read(evidence: Evidence) -> Adapter:
     for key, tensor in rest.items():
         name = _carried_name(normalise(key), file.path)
         if name is not None:
+            if name in carried:
+                raise FormatError(f"two tensors for {name}", f"{file.path}: {key} and {spellings[name]}")
             carried[name] = tensor
             spellings[name] = key
     return Adapter(updates, carried, _metadata(evidence, scales, updates), spellings)
@@ -185,13 +188,15 @@ class Scales:
                 "correct r or rank_pattern in adapter_config.json, or give --scaling",
             )
         alpha = self.alphas.get(module, self.alpha)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
             raise FormatError(f"alpha is {alpha!r}, not a number", f"{self.where}: {module}")
         return float(alpha)
 
 
 class Patterns:
-    """PEFT's rank_pattern and alpha_pattern: regular expressions tried in order, bounded in time."""
+    """PEFT's rank_pattern and alpha_pattern: regular expressions tried in order, all together bounded in time."""
+
+    seconds = 10.0
 
     def __init__(self, table: Mapping[str, Any], field: str, where: Path) -> None:
         if not isinstance(table, Mapping):
@@ -206,12 +211,15 @@ class Patterns:
 
     def get(self, module: str, default: Any) -> Any:
         """The value of the first key that fits ``module``."""
+        began = time.monotonic()
         try:
             for pattern, value in self.rules:
-                if pattern.match(module, timeout=1.0):
+                if pattern.match(module, timeout=max(self.seconds, 1e-3)):
                     return value
         except TimeoutError:
-            raise FormatError(f"a key of {self.field} takes too long to match", self.where) from None
+            raise FormatError(f"the keys of {self.field} take too long to match", self.where) from None
+        finally:
+            self.seconds -= time.monotonic() - began
         return default
 
 
@@ -249,11 +257,10 @@ def _updates(module: str, slots: dict[str, Tensor], scales: Scales, where: Path)
 
 def _pair(module: str, slots: dict[str, Tensor], where: Path) -> tuple[Tensor, Tensor]:
     """(A, B) of a module, Linear or Embedding."""
-    plain = {slot.removeprefix("embedding_") for slot in slots}
-    require_pair(module, plain, where)
-    if {"down", "embedding_down"} <= set(slots):
+    kind = "embedding_" if any(slot.startswith("embedding_") for slot in slots) else ""
+    if kind and not slots.keys().isdisjoint(("down", "up")):
         raise FormatError("a module with the factors of a Linear and of an Embedding", f"{where}: {module}")
-    kind = "embedding_" if "embedding_down" in slots else ""
+    require_pair(module, {slot.removeprefix(kind) for slot in slots}, where)
     return slots[kind + "down"], slots[kind + "up"]
 
 
@@ -410,7 +417,7 @@ def configuration(adapter: Adapter, plain: Mapping[str, LowRank], lora_bias: boo
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": _bias_kind(adapter, plain),
         "modules_to_save": _modules_to_save(adapter, plain),
         "target_modules": sorted(plain),
         **source,
@@ -449,6 +456,13 @@ def _patterned(values: Mapping[str, float], default: int) -> tuple[float, dict[s
         for name, value in values.items()
         if value != common
     }
+
+
+def _bias_kind(adapter: Adapter, plain: Iterable[str]) -> str:
+    """Whose biases were trained: of no module, of those with a LoRA, or of all."""
+    whole = {name.rpartition(".")[0] for name in adapter.carried if not is_bias(name)}
+    biased = {name.rpartition(".")[0] for name in adapter.carried if is_bias(name)} - whole
+    return "none" if not biased else "lora_only" if biased <= set(plain) else "all"
 
 
 def _modules_to_save(adapter: Adapter, plain: Mapping[str, LowRank]) -> list[str] | None:

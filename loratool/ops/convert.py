@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from loratool import __version__
 from loratool.adapter import Adapter
-from loratool.errors import FormatError, MatchError, NumericError
+from loratool.errors import FormatError, MatchError, NumericError, UsageError, some
+from loratool.files import CHUNK
 from loratool.hashes import sha256
 from loratool.model import Model
 from loratool.names import match, module_of
@@ -31,8 +33,9 @@ def fit(adapter: Adapter, model: Model, allow_unmatched: bool = False) -> tuple[
     if unmatched and not allow_unmatched:
         raise MatchError(
             f"{len(unmatched)} of {len(adapter.updates)} modules have no target in the base",
-            "; ".join(map(str, unmatched[:5])),
+            some(unmatched),
             "is this the base it was trained on? --allow-unmatched converts all the same",
+            list(map(str, unmatched)),
         )
     updates = dict(adapter.updates)
     spellings = dict(adapter.spellings)
@@ -83,13 +86,46 @@ def _each(update: Update, change) -> Update:  # type: ignore[no-untyped-def]
     return replace(update, **changed)  # type: ignore[type-var]
 
 
-def with_provenance(adapter: Adapter, operation: str, inputs: Mapping[str, Path], **more: object) -> Adapter:
+def parse_dtype(name: str) -> str | None:
+    """The safetensors name of a dtype of the command line; None for ``keep``. Raises UsageError."""
+    if name not in DTYPES:
+        raise UsageError("unknown dtype", repr(name), f"one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """Every tensor that a conversion takes along, and a bound of the memory it takes."""
+    named = [
+        (adapter.spelling(name), slot, tensor)
+        for name, update in adapter.updates.items()
+        for slot, tensor in update.slots.items()
+    ]
+    named += [(adapter.spelling(name), "carried", tensor) for name, tensor in adapter.carried.items()]
+    nbytes = sum(tensor.nbytes for _, _, tensor in named)
+    return {
+        "bytes_to_read": sum(path.stat().st_size for path in adapter.metadata.weights),
+        "bytes_to_write": nbytes,
+        "disk_needed": nbytes,
+        "peak_memory": CHUNK + 4 * 4 * max((tensor.size for _, _, tensor in named), default=0),
+        "tensors": [
+            {"name": name, "action": slot, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes}
+            for name, slot, t in named
+        ],
+    }
+
+
+def input_hashes(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """The sha256 of every input file."""
+    return {name: sha256(path) for name, path in sorted(inputs.items())}
+
+
+def with_provenance(adapter: Adapter, operation: str, inputs: Mapping[str, str], **more: object) -> Adapter:
     """The adapter with this operation, the version and the sha256 of every input in its metadata."""
     strings = {k: v for k, v in adapter.metadata.strings.items() if not k.startswith("loratool.")}
     strings |= {
         "loratool.version": __version__,
         "loratool.operation": operation,
-        "loratool.inputs": json.dumps({name: sha256(path) for name, path in sorted(inputs.items())}),
+        "loratool.inputs": json.dumps(dict(inputs)),
         CONTENT_HASH: "",
     }
     strings |= {f"loratool.{key}": json.dumps(value) for key, value in more.items()}

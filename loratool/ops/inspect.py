@@ -70,8 +70,6 @@ def inspect(adapter: Adapter, norms: bool = False) -> Inspection:
 
 
 def _target(adapter: Adapter, name: str, update: Update, norms: bool) -> Target:
-    from loratool.ops.compare import norm
-
     return Target(
         module=name,
         kind=update.kind,
@@ -80,8 +78,15 @@ def _target(adapter: Adapter, name: str, update: Update, norms: bool) -> Target:
         scaling=update.scaling if adapter.metadata.scaling_known else None,
         shape=update.shape,
         dtype=next(iter(update.slots.values())).dtype,
-        norm=norm(update) if norms else None,
+        norm=_norm(update) if norms else None,
     )
+
+
+def _norm(update: Update) -> float | None:
+    """The size of an update; None for kinds whose change depends on the base."""
+    from loratool.ops.compare import norm
+
+    return None if update.needs_base else norm(update)
 
 
 def odd(adapter: Adapter) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from loratool import __version__
 from loratool.adapter import Adapter
 from loratool.devices import choose
-from loratool.errors import MatchError
+from loratool.errors import MatchError, some
 from loratool.files import check_space, prepare_output, staged
 from loratool.model import Model, WeightFile, stale_copies
 from loratool.ops.changes import Changes, account
@@ -85,12 +85,12 @@ def prepare_merge(
     given = tuple(strengths) if strengths else (1.0,) * len(adapters)
     changes = account(model, adapters, given)
     if changes.unmatched and not allow_unmatched:
-        some = "; ".join(map(str, changes.unmatched[:5])) + ("; ..." if len(changes.unmatched) > 5 else "")
         raise MatchError(
             f"{len(changes.unmatched)} of {sum(len(a.updates) + len(a.carried) for a in adapters)} "
             "parts of the adapter have no target in the base",
-            some,
+            some(changes.unmatched),
             "is this the base it was trained on? --allow-unmatched merges the rest",
+            list(map(str, changes.unmatched)),
         )
     outputs = tuple(_output(model, weights, changes, dtype) for weights in model.weights)
     plan = Plan(
