@@ -6,6 +6,7 @@ the functions that need them: looking at headers starts at once.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -275,6 +276,8 @@ def plan_merge(
             f"{len(strengths)} strengths for {len(adapters)} adapters",
             hint="give -s once for each adapter, or never",
         )
+    if not all(map(math.isfinite, strengths or ())):
+        raise UsageError("a strength is not a finite number", hint="give numbers such as 0.8 or -1")
     reading = reading or Reading()
     model = _model(base, reading)
     loaded = [a if isinstance(a, Adapter) else read(a, base=model, reading=reading) for a in adapters]

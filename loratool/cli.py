@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -19,8 +20,9 @@ from loratool import __version__
 from loratool.errors import SHOWN, LoratoolError, UsageError
 
 if TYPE_CHECKING:
+    from loratool.adapter import Adapter
     from loratool.api import Reading
-    from loratool.ops.merge import Merge, Progress
+    from loratool.ops.merge import Progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -178,6 +180,7 @@ def convert_command(adapter: str, out: str, overwrite: bool, dry_run: bool, json
     from loratool.show import show_conversion
 
     planned = api.plan_convert(adapter, out, overwrite=overwrite, **options)
+    _explain(planned.adapter)
     if dry_run:
         _show_plan(planned.describe(), json)
         return
@@ -221,7 +224,7 @@ def merge_command(
     from loratool.show import show_merge
 
     planned = api.plan_merge(base, adapters, strength, **options)
-    _explain(planned)
+    _explain(*planned.adapters)
     if dry_run:
         check_output(planned, out, overwrite)
         _show_plan(describe(planned, out, choose(device, planned.plan.changed).name), json)
@@ -294,12 +297,11 @@ def compare_command(first: str, second: str, json: bool, **options: Any) -> None
 # ---------------------------------------------------------------- what they print, and how they end
 
 
-def _explain(planned: Merge) -> None:
+def _explain(*adapters: Adapter) -> None:
     """With ``-v``: what was read."""
-    for adapter, strength in zip(planned.adapters, planned.strengths, strict=True):
+    for adapter in adapters:
         if _state.verbose:
-            read = f"{adapter.metadata.path}: {adapter.metadata.format}, {len(adapter.modules()):,} modules"
-            _say(f"{read}, strength {strength:g}")
+            _say(f"{adapter.metadata.path}: {adapter.metadata.format}, {len(adapter.modules()):,} modules")
 
 
 def _show_plan(plan: Mapping[str, Any], json: bool) -> None:
@@ -332,9 +334,9 @@ def _say(text: str) -> None:
         print(printable(text), file=sys.stderr)
 
 
-def _warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        _say(f"warning: {warning}")
+def _warn(texts: Iterable[str]) -> None:
+    for text in texts:
+        _say(f"warning: {text}")
 
 
 @contextmanager
@@ -390,12 +392,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the contract's codes."""
     global _state
     _state = _State()
+    argv = sys.argv[1:] if argv is None else argv
     with suppress(ValueError):  # only the main thread may
         signal.signal(signal.SIGTERM, _interrupted)
     with suppress(AttributeError):  # a name that UTF-8 cannot say is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        with app.make_context("loratool", list(sys.argv[1:] if argv is None else argv)) as context:
+        with warnings.catch_warnings(), app.make_context("loratool", list(argv)) as context:
+            if not sys.warnoptions:  # what numpy and torch would warn of, the errors below say
+                warnings.simplefilter("ignore")
             app.invoke(context)
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:

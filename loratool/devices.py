@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from loratool.errors import LoratoolError, UsageError
-from loratool.tensors import Array, Tensor, numpy_dtype
+from loratool.tensors import Array, Tensor, numpy_dtype, to_odd
 
 # nanoseconds per element and thread, measured on one x86-64 server core: widen, add a rank-16 product, round
 _NUMPY_COST: Mapping[str, float] = {"F64": 2.0, "F32": 1.6, "BF16": 2.7, "F16": 8.0}
@@ -64,7 +64,10 @@ class Worker:
 
     def add_product(self, wide: Array, up: Array, down: Array) -> Array:
         """wide [rows,i] + up [rows,r] @ down [r,i]; may reuse the memory of ``wide``."""
-        kept = self._scratch("product", wide.shape, np.result_type(up, down))
+        dtype = np.result_type(up, down)
+        kept = self._scratch("product", wide.shape, dtype)
+        if np.may_share_memory(kept, wide):  # the sum so far, of several adapters
+            kept = self._scratch("next product", wide.shape, dtype)
         product = np.matmul(up, down, out=kept)
         return np.add(product, wide, out=product if product.dtype == wide.dtype else None)
 
@@ -77,6 +80,8 @@ class Worker:
         if values.dtype == numpy_dtype(dtype):
             return np.asarray(values)
         out = self._scratch("narrow", values.shape, numpy_dtype(dtype))
+        if values.dtype == np.float64 and out.itemsize < 4:
+            values = to_odd(values)
         with np.errstate(over="ignore"):
             np.copyto(out, values, casting="unsafe")
         return out
@@ -143,11 +148,14 @@ class TorchWorker(Worker):
         return stored.to(self.device, non_blocking=True).to(wide)
 
     def add_product(self, wide: Array, up: Array, down: Array) -> Array:
-        return self.torch.addmm(wide, up.to(wide.dtype), down.to(wide.dtype))
+        dtype = self.torch.promote_types(wide.dtype, up.dtype)
+        return self.torch.addmm(wide.to(dtype), up.to(dtype), down.to(dtype))
 
     def narrow(self, values: Array, dtype: str) -> np.ndarray:
         out = self._scratch("narrow", tuple(values.shape), numpy_dtype(dtype))
         stored = self._tensor(out)
+        if values.dtype == self.torch.float64 and out.itemsize < 4:
+            values = self._tensor(to_odd(values.cpu().numpy()))
         rounded = values if self.device.type == "cpu" else values.to(stored.dtype)
         stored.copy_(rounded, non_blocking=self.stream is not None)
         self.finish()

@@ -33,6 +33,18 @@ def namespace(array: Array) -> Any:
     return np if isinstance(array, np.ndarray) else sys.modules["torch"]
 
 
+def cast(array: Array, dtype: Any) -> Array:
+    """``array`` in a dtype of its own library."""
+    return array.astype(dtype) if namespace(array) is np else array.to(dtype)
+
+
+def alike(arrays: list[Array]) -> list[Array]:
+    """Arrays of one dtype, float64 where one is: torch multiplies like with like only."""
+    if len({array.dtype for array in arrays}) == 1:
+        return arrays
+    return [cast(array, namespace(array).float64) for array in arrays]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """An update whose factors are loaded: asks for row blocks, any number of times, from any thread.
@@ -181,14 +193,12 @@ class LowRank(Additive):
 
     def matrices(self, load: Load) -> tuple[Array, Array]:
         """up [o,r] and down [r,i*k] without scaling, in the base's orientation."""
-        up = load(self.up).reshape(self.up.shape[:2])
-        down = load(self.down).reshape(self.down.shape[0], -1)
-        if self.mid is not None:  # down'[m,i,k] = sum_n mid[m,n,k] down[n,i]
-            core = load(self.mid).reshape(*self.mid.shape[:2], -1)
-            down = namespace(down).einsum("mnk,ni->mik", core, down).reshape(core.shape[0], -1)
-        if self.layer == "transposed":
-            up, down = down.T, up.T
-        return up, down
+        down, up, *mid = alike([load(factor) for factor in self.slots.values()])
+        up, down = up.reshape(self.up.shape[:2]), down.reshape(self.down.shape[0], -1)
+        for core in mid:  # down'[m,i,k] = sum_n mid[m,n,k] down[n,i]
+            core = core.reshape(*core.shape[:2], -1)
+            down = namespace(down).einsum("mnk,ni->mik", core, down).reshape(len(core), -1)
+        return (down.T, up.T) if self.layer == "transposed" else (up, down)
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         up, down = self.matrices(load)
@@ -371,13 +381,11 @@ def _by_column(direction: Prepared, magnitude: Array, strength: float, columns: 
         total: Array = 0
         for start, stop, base in blocks:
             value = (base + direction.delta(start, stop, base)).reshape(stop - start, columns, -1)
-            xp = namespace(value)
-            square = value.astype(xp.float64) if xp is np else value.double()
-            total = total + (square * square).sum(-1).sum(0)  # [columns], float64
+            wide = cast(value, namespace(value).float64)
+            total = total + (wide * wide).sum(-1).sum(0)  # [columns], float64
         norm = total**0.5
         _check_norm(norm)
-        wide = namespace(norm).asarray(magnitude) / norm
-        gain[:] = [wide.astype(magnitude.dtype) if namespace(wide) is np else wide.to(magnitude.dtype)]
+        gain[:] = [cast(magnitude / norm, magnitude.dtype)]
 
     def delta(start: int, stop: int, base: Array | None) -> Array:
         value = (base + direction.delta(start, stop, base)).reshape(stop - start, columns, -1)

@@ -1,15 +1,19 @@
-"""One sample of every kind of update, for the laws that hold for all of them. numpy only."""
+"""One sample of every kind of update, for the laws that hold for all of them; small files. numpy only."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import loratool
 from loratool.adapter import Adapter, Metadata
-from loratool.tensors import Tensor
+from loratool.tensors import Tensor, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Sum, Update
 
 
@@ -46,6 +50,7 @@ UPDATES: Mapping[str, Update] = {
     "lora_alpha_zero": low(alpha=0.0),
     "lora_alpha_of_float64": low(alpha=0.1),
     "lora_bfloat16": LowRank(normal(3, 5, dtype="BF16"), normal(7, 3, dtype="F16"), alpha=1.5),
+    "lora_of_two_widths": LowRank(low().down.cast("F64"), low().up, alpha=1.5),
     "lora_rank_stabilised": low(rank_stabilised=True),
     "lora_transposed": low(layer="transposed"),
     "lora_embedding": low(layer="embedding"),
@@ -53,6 +58,7 @@ UPDATES: Mapping[str, Update] = {
     "lora_conv2d": low(7, 5, 3, 3, 2),
     "lora_pointwise": low(7, 5, 3, 1, 1),
     "lora_tucker": tucker(7, 5, 3, 3, 2),
+    "lora_tucker_wide": replace(tucker(7, 5, 3, 2), mid=normal(3, 3, 2, dtype="F64")),
     "dora": DoRA(low(), magnitude(7)),
     "dora_column": DoRA(low(), magnitude(7, 1)),
     "dora_by_input": DoRA(low(), magnitude(1, 5), axis=1),
@@ -105,3 +111,39 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
             assert_same(a, b, where)
     else:
         assert one == other, where
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def model(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, shards: int = 1
+) -> Path:
+    """A model folder of these tensors: one file, or shards with an index."""
+    folder.mkdir(parents=True)
+    names = [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)]
+    names = names if shards > 1 else ["model.safetensors"]
+    keys = sorted(tensors)
+    held = {name: keys[n::shards] for n, name in enumerate(names)}
+    for name, own in held.items():
+        write_safetensors(folder / name, {key: tensors[key] for key in own}, {"format": "pt"})
+    if shards > 1:
+        weight_map = {key: name for name, own in held.items() for key in own}
+        size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        index = json.dumps({"metadata": size, "weight_map": weight_map})
+        (folder / "model.safetensors.index.json").write_text(index)
+    (folder / "config.json").write_text(json.dumps({"model_type": "test", **(config or {})}))
+    return folder
+
+
+def lora_file(path: Path, updates: Mapping[str, Update], **carried: Tensor) -> Path:
+    """A raw adapter file."""
+    metadata = Metadata("sample")
+    loratool.write(Adapter(updates, {k.replace("__", "."): t for k, t in carried.items()}, metadata), path, format="raw")
+    return path
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """sha256 of every file below a path: the same before and after means untouched."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}

@@ -204,6 +204,13 @@ def test_through_other_formats_and_back_every_delta_stays(tmp_path: Path) -> Non
         diffusion.same(source, back)
 
 
+def test_the_metadata_s_own_text_is_kept_where_it_still_holds(tmp_path: Path) -> None:
+    table = {"unet.lora_alpha": 8.0, "unet.r": 2, "unet.target_modules": "all-linear"}
+    found = one(tmp_path, diffusion.diffusers(some(TO_Q)), table)
+    strings = read(diffusers, write(diffusers, found, tmp_path / "out")).metadata.strings
+    assert strings["lora_adapter_metadata"] == json.dumps(table)
+
+
 def test_a_change_of_alpha_is_not_hidden_by_the_metadata_of_the_source(tmp_path: Path) -> None:
     source = read(diffusers, write(diffusers, adapter({n: f() for n, f in PLAIN.items()}), tmp_path / "source"))
     half = Adapter({n: u.scaled(0.5) for n, u in source.updates.items()}, {}, source.metadata)

@@ -19,12 +19,17 @@ from loratool.errors import FormatError, LoratoolError
 
 # ---------------------------------------------------------------- staged output
 
-MAKERS: dict[str, Callable[[Path, str], None]] = {
-    "file": lambda path, text: [path.write_text(text)][:0] or None,
-    "folder": lambda path, text: (
-        [path.mkdir(), (path / "inner").mkdir(), (path / "inner/a").write_text(text)][:0] or None
-    ),
-}
+
+def make_file(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def make_folder(path: Path, text: str) -> None:
+    (path / "inner").mkdir(parents=True)
+    (path / "inner/a").write_text(text)
+
+
+MAKERS: dict[str, Callable[[Path, str], None]] = {"file": make_file, "folder": make_folder}
 
 
 def content(path: Path) -> tuple[str, str]:
@@ -392,10 +397,11 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def forge(cache: Path, path: Path, entry: Any = None) -> None:
+def forge(cache: Path, path: Path, *entry: Any) -> None:
     """Make the cache say something else, to see whether it is asked."""
     table = json.loads(cache.read_text())
-    table[str(path.resolve())] = entry or [table[str(path.resolve())][0], "remembered"]
+    identity = table[str(path.resolve())][0]
+    table[str(path.resolve())] = entry[0] if entry else [identity, "remembered"]
     cache.write_text(json.dumps(table))
 
 

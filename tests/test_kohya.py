@@ -122,6 +122,22 @@ def test_through_other_formats_and_back_every_delta_stays(fixtures: Path, tmp_pa
         assert all(tensors[slot].same_bytes(t) for slot, t in source.updates[TO_Q].slots.items())
 
 
+def test_two_text_encoders_are_numbered(tmp_path: Path) -> None:
+    pair, second = some(FC1)[FC1], FC1.replace("encoder.", "encoder_2.", 1)
+    for names, prefixes in (((FC1,), {"lora_te_"}), ((FC1, second), {"lora_te1_", "lora_te2_"})):
+        path = write(kohya, adapter(dict.fromkeys(names, low(pair))), tmp_path / f"{len(names)}")
+        assert {key.partition("text_model")[0] for key in diffusion.load(path)} == prefixes
+        assert read(kohya, path).updates.keys() == set(names)
+
+
+def test_the_architecture_that_an_adapter_is_told_to_be_for_names_it(tmp_path: Path) -> None:
+    """The first text encoder of XL is that of 1.x."""
+    update = low(some(FC1, model="sd1")[FC1])
+    for told, prefix in (("sdxl", "lora_te1_"), ("sd1", "lora_te_"), (None, "lora_te_")):
+        path = write(kohya, adapter({FC1: update}, architecture=told), tmp_path / f"{told}")
+        assert all(key.startswith(prefix) for key in diffusion.load(path))
+
+
 def test_a_peft_folder_of_a_bare_model_gets_its_component(tmp_path: Path) -> None:
     pairs = some(TO_Q, CONV1) | some(FC1)
     bare = {name.partition(".")[2]: low(pair, alpha=4.0) for name, pair in pairs.items()}
@@ -214,7 +230,7 @@ UNKNOWN = {
     "transformer_blocks_0_attn_to_q": "diffusion transformer",
     "blocks_0_self_attn_q": "Wan",
     "layers_0_attention_qkv": "Lumina",
-    "input_blocks_1_1_transformer_blocks_0_attn1_to_q": "unknown size",
+    "input_blocks_1_1_transformer_blocks_3_attn1_to_q": "unknown size",
     "something_else": "no known model has",
 }
 
@@ -388,6 +404,8 @@ def test_whole_deltas_and_norms(tmp_path: Path) -> None:
     assert found.spelling(f"{CONV1}.bias") == f"{diffusion.flat(CONV1)}.diff_b"
     written = diffusion.load(write(kohya, found, tmp_path / "out"))
     assert written.keys() == tensors.keys()
+    strings = read(kohya, tmp_path / "out").metadata.strings
+    assert strings == {"ss_network_module": "lycoris.kohya"}
     back = read(kohya, write(kohya, read(raw, write(raw, found, tmp_path / "raw")), tmp_path / "back"))
     assert {name: update.kind for name, update in back.updates.items()} == kinds
 
@@ -467,7 +485,7 @@ def test_hostile_arguments_are_no_obstacle(arguments: str, tmp_path: Path) -> No
 
 def test_metadata_is_kept_whole_and_completed_50_52(tmp_path: Path) -> None:
     huge = json.dumps({f"tag {n}": n for n in range(100_000)})
-    metadata = {"ss_tag_frequency": huge, "ss_network_dim": "128", "custom": "None"}
+    metadata = {"ss_tag_frequency": huge, "ss_network_dim": "128", "ss_sd_model_name": "None"}
     found = one(tmp_path, diffusion.kohya(some(TO_Q, model="sd1")), metadata)
     assert found.metadata.base_model is None
     assert one(tmp_path, diffusion.kohya(some(TO_Q)), METADATA).metadata.base_model == "model.safetensors"

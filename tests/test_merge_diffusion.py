@@ -175,3 +175,12 @@ def test_reading_is_refused_without_the_base_only_where_it_must_be(tmp_path: Pat
     loratool.merge(tmp_path / "base.safetensors", path, out=tmp_path / "out.safetensors", reading=Reading())
     merged = read_safetensors(tmp_path / "out.safetensors").tensors["my.block_3.to_q.weight"].array()
     assert (merged == 2).all()
+
+
+def test_a_second_merge_of_one_adapter_is_noticed(tmp_path: Path) -> None:
+    """llm trap 66: the provenance of a merged base names the adapter that is in it."""
+    loratool.merge(TINY, KOHYA, out=tmp_path / "once")
+    again = loratool.merge(tmp_path / "once", KOHYA, out=tmp_path / "twice")
+    assert any("merged into this base before" in warning for warning in again.warnings)
+    other = models.FIXTURES / "adapters" / "diffusers.safetensors"
+    assert not loratool.merge(tmp_path / "once", other, out=tmp_path / "other").warnings

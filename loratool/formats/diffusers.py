@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,24 +173,25 @@ class _Scales:
         peft._refuse(table, evidence.path)
         self.table, self.evidence = table, evidence
         self.scales = peft.Scales(table, evidence)
+        self._named = _namer(table)
 
     def alpha_of(self, module: str, down: Tensor) -> tuple[float | None, bool]:
         """(alpha, rank-stabilised) of a module. Raises FormatError when the ranks disagree."""
         rank = down.shape[0] if down.shape else 0
         try:
-            return self.scales.alpha_of(_in_patterns(module, self.table), rank), self.scales.rank_stabilised
+            return self.scales.alpha_of(self._named(module), rank), self.scales.rank_stabilised
         except FormatError as error:
             raise FormatError(error.what, module, f"correct {TABLE}, or give --scaling") from None
 
 
-def _in_patterns(name: str, table: Mapping[str, Any]) -> str:
-    """The name of a module as the patterns of a table mean it.
+def _namer(table: Mapping[str, Any]) -> Callable[[str], str]:
+    """What turns a name into the module that the patterns of a table mean.
 
     transformers 5 keeps CLIP without ``text_model``, files have it: patterns may have either.
     """
-    module = name.partition(".")[2]
     patterns = [key for field in ("rank_pattern", "alpha_pattern") for key in table.get(field) or ()]
-    return module if any("text_model" in key for key in patterns) else module.removeprefix("text_model.")
+    spelled_out = any("text_model" in key for key in patterns)
+    return lambda name: name.partition(".")[2].removeprefix("" if spelled_out else "text_model.")
 
 
 def _build(module: str, slots: Mapping[str, Tensor], scales: _Scales) -> dict[str, Update]:
@@ -348,8 +349,9 @@ def _table(source: Mapping[str, Any], lows: Mapping[str, LowRank], dora: bool, b
         "use_dora": dora,
         "lora_bias": bias,
     }
-    ranks = {_in_patterns(name, source): low.rank for name, low in lows.items()}
-    alphas = {_in_patterns(name, source): peft._number(_alpha(low)) for name, low in lows.items()}
+    named = _namer(source)
+    ranks = {named(name): low.rank for name, low in lows.items()}
+    alphas = {named(name): peft._number(_alpha(low)) for name, low in lows.items()}
     same = all(bool(source.get(flag)) == value for flag, value in flags.items())
     if same and peft._still_says(source, ranks, alphas, flags["use_rslora"]):
         return dict(source)

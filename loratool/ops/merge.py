@@ -14,6 +14,7 @@ from loratool.adapter import Adapter
 from loratool.devices import choose
 from loratool.errors import MatchError, some
 from loratool.files import check_space, prepare_output, staged
+from loratool.hashes import sha256
 from loratool.model import Model, WeightFile, stale_copies
 from loratool.ops.changes import Changes, account
 from loratool.plan import Outcome, OutputFile, Plan, Run, Step, Writer, thread_count
@@ -98,7 +99,7 @@ def prepare_merge(
         documents=_documents(model, outputs, changes, dtype),
         copies=_copies(model, adapters),
         inputs=_inputs(model, adapters),
-        warnings=(*changes.warnings, *_warnings(model)),
+        warnings=(*changes.warnings, *_warnings(model, adapters)),
     )
     return Merge(model, tuple(adapters), given, changes, plan)
 
@@ -128,10 +129,11 @@ def _stored(tensor: Tensor, dtype: str | None) -> str:
 
 
 def _file_for_new(model: Model, changes: Changes) -> WeightFile:
-    """Where new tensors go: beside the tied embedding, or in the last file."""
+    """Where new tensors go: beside the tied embedding, or in the last file (of those that an index names)."""
     if changes.untied is not None:
         return model.parameters[f"{changes.untied.embedding}.weight"][0].weights
-    return model.weights[-1]
+    named = {shard for index in model.index_files.values() for shard in index["weight_map"].values()}
+    return next((w for w in reversed(model.weights) if w.name in named), model.weights[-1])
 
 
 def _copies(model: Model, adapters: Sequence[Adapter]) -> dict[str, Path]:
@@ -153,16 +155,31 @@ def _inputs(model: Model, adapters: Sequence[Adapter]) -> dict[str, Path]:
     return inputs
 
 
-def _warnings(model: Model) -> list[str]:
+def _warnings(model: Model, adapters: Sequence[Adapter]) -> list[str]:
+    """What the user should know: stale copies of the weights, an adapter that is in the base already."""
     copies = stale_copies(model)
-    return [f"copied unmerged, other forms of the same weights: {', '.join(copies[:5])}"] if copies else []
+    found = [f"copied unmerged, other forms of the same weights: {', '.join(copies[:5])}"] if copies else []
+    said = {value for w in model.weights for value in _inputs_of(w.file.metadata).values()}
+    for path in (path for adapter in adapters for path in adapter.metadata.weights):
+        if said and sha256(path) in said:
+            found.append(f"{path} has been merged into this base before")
+    return found
+
+
+def _inputs_of(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    """The sha256 of the inputs that a file says it was made from."""
+    try:
+        said = json.loads(metadata.get("loratool.inputs", "{}"))
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _documents(model: Model, outputs: Sequence[OutputFile], changes: Changes, dtype: str | None) -> dict[str, bytes]:
     """Configuration and index files that the merge changes."""
     documents: dict[str, bytes] = {}
     for name, index in model.index_files.items():
-        updated = _index(name, index, outputs)
+        updated = _index(name, index, model, outputs)
         if updated != index:
             documents[name] = json.dumps(updated, indent=2).encode() + b"\n"
     for prefix, config in model.configs.items():
@@ -179,11 +196,12 @@ def _documents(model: Model, outputs: Sequence[OutputFile], changes: Changes, dt
     return documents
 
 
-def _index(name: str, index: Mapping[str, Any], outputs: Sequence[OutputFile]) -> dict[str, Any]:
+def _index(name: str, index: Mapping[str, Any], model: Model, outputs: Sequence[OutputFile]) -> dict[str, Any]:
     """An index with the new tensors and the new size in bytes."""
     folder = name.rpartition("/")[0]
     shards = set(index["weight_map"].values())
     own = {o.name.rpartition("/")[2]: o for o in outputs if o.name.rpartition("/")[0] == folder}
+    files = [w.file for w in model.weights if w.name in {own[shard].name for shard in shards}]
     weight_map = dict(index["weight_map"])
     for shard in sorted(shards):
         weight_map.update({step.key: shard for step in own[shard].steps if step.key not in weight_map})
@@ -191,7 +209,7 @@ def _index(name: str, index: Mapping[str, Any], outputs: Sequence[OutputFile]) -
     metadata = index.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
         total = sum(step.nbytes for shard in shards for step in own[shard].steps)
-        before = sum(step.base.nbytes for shard in shards for step in own[shard].steps)
+        before = sum(tensor.nbytes for file in files for tensor in file.tensors.values())
         if weight_map != index["weight_map"] or total != before:
             updated["metadata"] = {**metadata, "total_size": total}
     return updated
