@@ -19,7 +19,7 @@ from loratool.tensors import Array
 from loratool.update import namespace
 
 EXACT_SIDE = 768  # below that, the eigenvalues of the small Gram matrix cost least and are exact
-EXCESS = 2e-4  # relative excess over the best rank-r error at which the iteration may stop
+EXCESS = 1e-4  # relative excess over the best rank-r error at which the iteration may stop
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _settled(captured: Sequence[float], energy: float) -> bool:
     to_come = max(last, 0.0) * ratio / (1 - ratio)
     left = max(energy - captured[-1], 0.0)
     # error^2 may exceed the optimum's by (1 + EXCESS)^2 - 1 = 2 EXCESS of it; float32 sums limit what can be seen
-    return to_come <= 2 * EXCESS * left or left <= 1e-10 * energy
+    return bool(to_come <= 2 * EXCESS * left or left <= 1e-10 * energy)
 
 
 class Krylov:
@@ -158,7 +158,7 @@ class Krylov:
     @property
     def room(self) -> bool:
         """Whether another block fits."""
-        return self.basis.shape[1] + self.block <= min(self.matrix.shape)
+        return bool(self.basis.shape[1] + self.block <= min(self.matrix.shape))
 
     def grow(self) -> None:
         """Add one block: D (D^T last), orthogonalised twice against the basis."""

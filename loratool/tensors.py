@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -193,7 +193,13 @@ class Tensor:
         """Whether dtype, shape and every stored byte agree."""
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
-        return self.array().tobytes() == other.array().tobytes()
+        return all(self.load(a, b).tobytes() == other.load(a, b).tobytes() for a, b in blocks(self))
+
+    def same_values(self, other: Tensor) -> bool:
+        """Whether shape and every value agree, whatever they are stored as."""
+        if self.shape != other.shape:
+            return False
+        return all(np.array_equal(self.float(a, b), other.float(a, b)) for a, b in blocks(self))
 
 
 def to_odd(values: np.ndarray) -> np.ndarray:
@@ -217,6 +223,13 @@ def block_rows(shape: tuple[int, ...]) -> int:
     return max(1, min(rows, BLOCK // max(1, math.prod(shape[1:]))))
 
 
+def blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """The row blocks [start, stop) of a tensor that has elements."""
+    step = block_rows(tensor.shape)
+    for start in range(0, tensor.rows if tensor.size else 0, step):
+        yield start, min(start + step, tensor.rows)
+
+
 def block_digest(values: np.ndarray) -> bytes:
     """The xxh3-128 digest of a block's stored bytes."""
     return xxhash.xxh3_128_digest(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
@@ -224,9 +237,7 @@ def block_digest(values: np.ndarray) -> bytes:
 
 def digest(tensor: Tensor) -> bytes:
     """The digests of a tensor's row blocks, one after the other."""
-    step = block_rows(tensor.shape)
-    starts = range(0, tensor.rows if tensor.size else 0, step)
-    return b"".join(block_digest(tensor.load(n, min(n + step, tensor.rows))) for n in starts)
+    return b"".join(block_digest(tensor.load(start, stop)) for start, stop in blocks(tensor))
 
 
 def content_hash(entries: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:

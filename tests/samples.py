@@ -139,7 +139,9 @@ def model(
 def lora_file(path: Path, updates: Mapping[str, Update], **carried: Tensor) -> Path:
     """A raw adapter file."""
     metadata = Metadata("sample")
-    loratool.write(Adapter(updates, {k.replace("__", "."): t for k, t in carried.items()}, metadata), path, format="raw")
+    loratool.write(
+        Adapter(updates, {k.replace("__", "."): t for k, t in carried.items()}, metadata), path, format="raw"
+    )
     return path
 
 
@@ -147,3 +149,20 @@ def fingerprint(path: Path) -> dict[str, str]:
     """sha256 of every file below a path: the same before and after means untouched."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+
+
+PEFT_CONFIG: Mapping[str, Any] = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+
+
+def peft_folder(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = PEFT_CONFIG) -> Path:
+    """A PEFT folder of these tensors, which need not be sound."""
+    path.mkdir(exist_ok=True)
+    write_safetensors(path / "adapter_model.safetensors", tensors, {"format": "pt"})
+    if config is not None:
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def peft_pair(module: str, prefix: str = "base_model.model.") -> dict[str, Tensor]:
+    """The factors of `low()` as PEFT names them."""
+    return {f"{prefix}{module}.lora_A.weight": low().down, f"{prefix}{module}.lora_B.weight": low().up}

@@ -28,6 +28,7 @@ import loratool
 from loratool import api, cli
 from loratool.errors import LoratoolError
 
+ROOT = Path(__file__).parent.parent
 COMMANDS = ("inspect", "formats", "convert", "merge", "verify", "compare")
 FORMATS = ("peft", "kohya", "diffusers", "raw")
 
@@ -429,12 +430,12 @@ def test_inspect_warns_of_scalings_far_apart(ratio: float, odd: bool, run: Run, 
     assert any(f"varies {ratio}-fold" in warning for warning in warnings) is odd
 
 
-def test_inspect_warns_of_split_qkv(run: Run, kohya: Path, tmp_path: Path) -> None:
-    args = {"ss_network_args": json.dumps({"split_qkv": "True"})}
+@pytest.mark.parametrize("split", [True, False])
+def test_inspect_warns_of_split_qkv(split: bool, run: Run, kohya: Path, tmp_path: Path) -> None:
+    args = {"ss_network_args": json.dumps({"split_qkv": str(split)})}
     save_file(load_file(kohya), tmp_path / "x.safetensors", metadata(kohya) | args)
     warnings = run("inspect", tmp_path / "x.safetensors", "--json").json["warnings"]
-    assert any("split_qkv" in warning for warning in warnings)
-    assert not any("split_qkv" in warning for warning in run("inspect", kohya, "--json").json["warnings"])
+    assert any("split_qkv" in warning for warning in warnings) is split
 
 
 def test_warnings_go_to_stderr_and_quiet_silences_them(run: Run, tmp_path: Path) -> None:
@@ -610,6 +611,13 @@ def test_nan_and_infinity_are_refused(
     assert found.code == 6
     assert key.removesuffix(".lora_B.weight") in found.err
     assert not (tmp_path / "out").exists()
+
+
+def test_json_has_null_where_there_is_no_number(run: Run, tmp_path: Path) -> None:
+    save_file(pair("a", alpha=2, scale=0), tmp_path / "zero")
+    save_file(pair("a", alpha=2, scale=math.nan), tmp_path / "nan")
+    assert run("inspect", tmp_path / "nan", "--norms", "--json").json["targets"][0]["norm"] is None
+    assert run("compare", tmp_path / "zero", tmp_path / "nan", "--json").json["relative_difference"] is None
 
 
 def test_an_overflow_of_the_merge_is_refused(run: Run, llama: Path, peft: Path, tmp_path: Path) -> None:
@@ -1062,7 +1070,7 @@ def test_an_adapter_is_no_base_and_a_base_no_adapter(run: Run, peft: Path, llama
 
 # ---------------------------------------------------------------- fuzz: nothing but LoratoolErrors
 
-HERE = Path(__file__).parent.parent / "fixtures/adapters"
+HERE = ROOT / "fixtures/adapters"
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just(10**400)
 VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_size=5), SCALARS, max_size=2)
 FIELDS = """
@@ -1185,9 +1193,25 @@ def test_what_only_looks_imports_little(words: str, allowed: set[str], fixtures:
         assert set(json.loads(err.strip().splitlines()[-1].replace("'", '"'))) <= allowed
 
 
+@pytest.mark.parametrize("name", ["über", "lone-\udcff"])
+def test_a_terminal_of_few_letters_is_no_mistake(name: str, raw: Path, tmp_path: Path) -> None:
+    shutil.copy(raw, tmp_path / name)
+    for words in (("inspect", name), ("inspect", name, "--json"), ("convert", name, "--to", "peft", "-o", "out")):
+        process = spawn(*words, cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)})
+        _, err = process.communicate()
+        assert (process.returncode, err) == (0, "")
+
+
+def test_libraries_do_not_talk_into_errors(llama: Path, peft: Path, tmp_path: Path) -> None:
+    process = spawn("merge", llama, peft, "-o", tmp_path / "out", "-s", "1e30", "--dtype", "fp16")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (6, "")
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["error", "hint"]
+
+
 def test_python_m_loratool(peft: Path) -> None:
     words = [sys.executable, "-m", "loratool", "inspect", str(peft / "not-here")]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: no such adapter, ")
 

@@ -321,7 +321,9 @@ def test_a_magnitude_by_its_name_is_of_outputs_whatever_its_shape_23(tmp_path: P
 
 def test_metadata_that_says_dora_without_magnitudes_is_worth_a_word(tmp_path: Path) -> None:
     table = {"unet.r": 2, "unet.lora_alpha": 2, "unet.use_dora": True}
-    assert "no magnitudes" in one(tmp_path, diffusion.diffusers(some(TO_Q)), table).metadata.warnings[0]
+    found = one(tmp_path, diffusion.diffusers(some(TO_Q)), table)
+    assert "no magnitudes" in found.metadata.warnings[0]
+    assert not read(diffusers, write(diffusers, found, tmp_path / "out")).metadata.warnings
 
 
 REFUSED = {

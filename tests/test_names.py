@@ -150,11 +150,8 @@ def test_one_misspelt_layer_among_many_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_sources_own_spelling_is_named(tmp_path: Path, base: Make) -> None:
-    tensors = {f"base_model.model.mystery.lora_{x}.weight": t for x, t in (("A", low().down), ("B", low().up))}
-    from tests.test_peft import CONFIG, folder_of
-
     with pytest.raises(MatchError, match=r"base_model\.model\.mystery"):
-        loratool.plan_merge(base("llama"), [folder_of(tmp_path / "x", tensors, CONFIG)])
+        loratool.plan_merge(base("llama"), [samples.peft_folder(tmp_path / "x", samples.peft_pair("mystery"))])
 
 
 def test_two_targets_of_one_place_are_refused(tmp_path: Path) -> None:
@@ -250,9 +247,7 @@ def test_gpt2_is_merged_right_whatever_is_known_of_it(
 
 @pytest.mark.peer
 @pytest.mark.parametrize(("name", "prefix"), [("gpt2", "transformer."), ("bert", "bert."), ("llama", "model.")])
-def test_checkpoints_without_their_class_prefix(
-    name: str, prefix: str, base: Make, lora: Make, tmp_path: Path
-) -> None:
+def test_checkpoints_without_their_class_prefix(name: str, prefix: str, base: Make, lora: Make, tmp_path: Path) -> None:
     """llm trap 13: hub GPT-2 and BERT files are saved from the headless class."""
     from safetensors.torch import load_file, save_file
 

@@ -21,24 +21,18 @@ from loratool.formats.peft import Patterns, normalise
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Sum
 from tests import models, samples
-from tests.samples import assert_same_adapter, low, magnitude, normal
+from tests.samples import PEFT_CONFIG, assert_same_adapter, low, magnitude, normal, peft_folder, peft_pair
 
 Make = Callable[..., Path]
 PREFIX = "base_model.model."
 MODULE = "model.layers.0.self_attn.q_proj"
-PAIR = {f"{PREFIX}{MODULE}.lora_A.weight": low().down, f"{PREFIX}{MODULE}.lora_B.weight": low().up}
-CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+PAIR = peft_pair(MODULE)
+CONFIG = dict(PEFT_CONFIG)
 every_pair = pytest.mark.parametrize(("name", "kind"), models.PAIRS)
 
 
-def folder_of(
-    path: Path, tensors: Mapping[str, Tensor] = PAIR, config: Mapping[str, Any] | None = CONFIG
-) -> Path:
-    path.mkdir(exist_ok=True)
-    write_safetensors(path / "adapter_model.safetensors", tensors, {"format": "pt"})
-    if config is not None:
-        (path / "adapter_config.json").write_text(json.dumps(config))
-    return path
+def folder_of(path: Path, tensors: Mapping[str, Tensor] = PAIR, config: Mapping[str, Any] | None = CONFIG) -> Path:
+    return peft_folder(path, tensors, config)
 
 
 def rewritten(adapter: Adapter, folder: Path) -> Path:
@@ -69,9 +63,7 @@ def test_a_folder_is_read_and_written_byte_for_byte(name: str, kind: str, lora: 
     ("name", "kind"),
     [(n, k) for n, k in models.PAIRS if n in ("llama", "llama_tied", "gpt2", "convnet") or "conv" in k],
 )
-def test_a_configuration_made_anew_says_the_same(
-    name: str, kind: str, base: Make, lora: Make, tmp_path: Path
-) -> None:
+def test_a_configuration_made_anew_says_the_same(name: str, kind: str, base: Make, lora: Make, tmp_path: Path) -> None:
     """PEFT loads it without a missing or unexpected key, to the very same weights in the very same layers."""
     import torch
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -157,7 +149,7 @@ def test_a_catastrophic_pattern_ends(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """CLI law 7: regexes are bounded."""
     monkeypatch.setattr(Patterns, "seconds", 0.2)
     name = "a" * 60 + "!"
-    tensors = {f"{PREFIX}{name}.lora_A.weight": low().down, f"{PREFIX}{name}.lora_B.weight": low().up}
+    tensors = peft_pair(name)
     for field in ("rank_pattern", "alpha_pattern"):
         path = folder_of(tmp_path / field, tensors, CONFIG | {field: {"(a|a|aa)+(a|a)+b": 4}})
         with pytest.raises(FormatError, match=f"{field} take too long"):
@@ -223,9 +215,7 @@ def test_alpha_may_be_a_fraction_or_missing(tmp_path: Path) -> None:
 def test_the_spellings_of_raw_dumps(module: str, down: str, up: str, tmp_path: Path) -> None:
     """llm trap 15 among them: the adapter's name goes, even where it is the name of a module."""
     tensors = {f"{module}.{down}": low().down, f"{module}.{up}": low().up}
-    assert_same_adapter(
-        loratool.read(folder_of(tmp_path / "x", tensors)), loratool.read(folder_of(tmp_path / "y"))
-    )
+    assert_same_adapter(loratool.read(folder_of(tmp_path / "x", tensors)), loratool.read(folder_of(tmp_path / "y")))
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_any_table_is_written_as_the_library_writes_it(table: dict[str, Any]) ->
 
 
 def test_metadata_keeps_its_order_and_its_words(tmp_path: Path) -> None:
-    metadata = {"z": "ü\n\"\\", "a": "", "format": "pt"}
+    metadata = {"z": 'ü\n"\\', "a": "", "format": "pt"}
     write_safetensors(tmp_path / "x", {"w": normal(2)}, metadata)
     assert list(read_safetensors(tmp_path / "x").metadata.items()) == list(metadata.items())
 

@@ -77,7 +77,7 @@ def account(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float
     changes = Changes()
     for adapter, strength in zip(adapters, strengths, strict=True):
         check_values(adapter, changes)
-        _place_updates(changes, adapter, strength, headed)
+        _place_updates(changes, adapter, strength, _trained_on(headed, adapter))
         _place_carried(changes, adapter, strength, headed)
     if tie is not None:
         _settle_tie(changes, tie, model)
@@ -129,11 +129,32 @@ def with_head(model: Model) -> tuple[Tie | None, Model]:
     head, embedding = f"{tie.head}.weight", f"{tie.embedding}.weight"
     if head in model.parameters:
         return tie, model
-    known = dict(model.parameters)
-    known[head] = tuple(Location(at.weights, head, at.tensor) for at in known[embedding])
+    lent = tuple(Location(at.weights, head, at.tensor) for at in model.parameters[embedding])
+    return tie, _with_parameters(model, {head: lent})
+
+
+def _with_parameters(model: Model, more: Mapping[str, tuple[Location, ...]]) -> Model:
+    """The model with other or further parameters, for looking them up."""
     twin = replace(model)
-    twin.__dict__["parameters"] = known
-    return tie, twin
+    twin.__dict__["parameters"] = {**model.parameters, **more}
+    return twin
+
+
+def _own(adapter: Adapter, name: str) -> bool:
+    """Whether a carried tensor is the base weight that an update of the adapter was trained on."""
+    return not is_bias(name) and module_of(name) in adapter.updates
+
+
+def _trained_on(model: Model, adapter: Adapter) -> Model:
+    """The model with the weights of other sizes (a longer vocabulary) that updates of ``adapter`` were trained on."""
+    names, resized = Names(model.places), {}
+    for name, tensor in adapter.carried.items():
+        hit = names.find(name) if _own(adapter, name) else None
+        if isinstance(hit, tuple) and model.places[hit[0]].parts == 1:
+            at = model.parameters[model.places[hit[0]].tensor][0]
+            if tensor.shape != at.tensor.shape and tensor.shape[1:] == at.tensor.shape[1:]:
+                resized[model.places[hit[0]].tensor] = (Location(at.weights, at.key, tensor),)
+    return _with_parameters(model, resized) if resized else model
 
 
 def _place_updates(changes: Changes, adapter: Adapter, strength: float, model: Model) -> None:
@@ -160,7 +181,9 @@ def _place_carried(changes: Changes, adapter: Adapter, strength: float, model: M
                 _agree(changes.added, name, tensor)
             continue
         slot = model.places[hit[0]]
-        own = module_of(name) in adapter.updates  # the base that the update was trained on
+        own = _own(adapter, name)
+        if own and slot.parts == 1 and tensor.same_values(model.parameters[slot.tensor][0].tensor):
+            continue  # a copy of the base
         _replace(changes, slot, tensor, 1.0 if own else strength, adapter.spelling(name), model)
 
 
@@ -196,6 +219,10 @@ def _settle_tie(changes: Changes, tie: Tie, model: Model) -> None:
     if head not in changes.touched and embedding not in changes.touched:
         return
     on_disk = head in model.parameters
+    whole = changes.replaced.get(embedding)
+    longer = whole is not None and whole.rows != model.shape(embedding)[0]
+    if longer and not on_disk and head not in changes.touched and embedding not in changes.parts:
+        return  # another vocabulary, trained whole: the head goes along
     if _same_change(changes, head, embedding):
         if not on_disk:
             changes.parts.pop(head, None)
@@ -207,8 +234,9 @@ def _settle_tie(changes: Changes, tie: Tie, model: Model) -> None:
             f"{tie.head} / {tie.embedding}",
         )
     changes.untied = tie
-    if not on_disk:
-        changes.added[head] = model.parameters[embedding][0].tensor
+    if not on_disk:  # the base that the embedding's update was trained on is the head's as well
+        own = changes.replaced.get(embedding) if embedding in changes.parts else None
+        changes.added[head] = own or model.parameters[embedding][0].tensor
 
 
 def _same_change(changes: Changes, one: str, other: str) -> bool:

@@ -12,9 +12,11 @@ from loratool.adapter import Adapter, parameter
 from loratool.architectures import Slot
 from loratool.errors import MatchError
 from loratool.model import Model
-from loratool.names import Names, Unmatched
+from loratool.names import Names, Unmatched, orient
 from loratool.tensors import Tensor, block_rows
-from loratool.update import Additive, Update, trimmed
+from loratool.update import Additive, DoRA, LowRank, Update, trimmed
+
+Factored = (LowRank, DoRA)
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,21 @@ def compare(first: Adapter, second: Adapter, model: Model | None = None) -> Comp
     kinds that need the base when none is given, and for shapes that differ.
     """
     aligned = _aligned(first, second)
-    found = {}
-    for name, update in first.updates.items():
-        if name in aligned:
-            found[name] = squares(update, second.updates[aligned[name]], base_of(name, update, model))
-    only_first = [n for n in first.updates if n not in aligned]
-    only_second = [n for n in second.updates if n not in aligned.values()]
+    one = {name: placed(name, update, model) for name, update in first.updates.items()}
+    other = {name: placed(name, update, model) for name, update in second.updates.items()}
+    found = {name: squares(one[name], other[twin]) for name, twin in aligned.items()}
+    only_first = [name for name in one if name not in aligned]
+    only_second = [name for name in other if name not in aligned.values()]
     total = sum(found.values(), _Squares(0, 0, 0))
     for name in only_first:
-        own = norm(first.updates[name], base_of(name, first.updates[name], model)) ** 2
+        own = norm(*one[name]) ** 2
         total += _Squares(own, 0, own)
     for name in only_second:
-        own = norm(second.updates[name], base_of(name, second.updates[name], model)) ** 2
+        own = norm(*other[name]) ** 2
         total += _Squares(0, own, own)
     carried = first.carried.keys() ^ second.carried.keys()
+    both = first.carried.keys() & second.carried.keys()
+    carried |= {name for name in both if not first.carried[name].same_values(second.carried[name])}
     return Comparison(
         relative_difference=total.difference,
         cosine=total.cosine,
@@ -102,28 +105,39 @@ def _aligned(first: Adapter, second: Adapter) -> dict[str, str]:
     return found
 
 
-def base_of(name: str, update: Update, model: Model | None) -> Tensor | None:
-    """The base weight that an update needs, None where it needs none."""
-    if isinstance(update, Additive):
-        return None
+Placed = tuple[Update, Tensor | None]
+"""An update as the base stores its weight, and the weight, where the base is known."""
+
+
+def placed(name: str, update: Update, model: Model | None) -> Placed:
+    """An update in its place. Raises MatchError where one needs the base and has no place in it."""
     if model is None:
-        raise MatchError(f"an update of kind {update.kind} needs the base", name, "give --base")
+        if update.needs_base:
+            raise MatchError(f"an update of kind {update.kind} needs the base", name, "give --base")
+        return update, None
     hit = Names(model.places).find(parameter(name))
     if isinstance(hit, Unmatched):
-        raise MatchError("a module has no target in the base", str(hit))
-    return model.parameters[model.places[hit[0]].tensor][0].tensor
+        if update.needs_base:
+            raise MatchError("a module has no target in the base", str(hit))
+        return update, None
+    place = model.places[hit[0]]
+    whole = model.parameters[place.tensor][0].tensor
+    rows = whole.rows // place.parts
+    start = place.part * rows
+    part = Tensor(whole.dtype, (rows, *whole.shape[1:]), lambda a, b: whole.load(start + a, start + b))
+    return orient(update, name, place, model), part
 
 
-def squares(one: Update, other: Update, base: Tensor | None = None) -> _Squares:
+def squares(first: Placed, second: Placed) -> _Squares:
     """The three squared norms of two updates of one weight."""
+    (one, base), (other, _) = first, second
+    if isinstance(one, Factored) and isinstance(other, Factored) and "embedding" not in (one.layer, other.layer):
+        other = other.oriented(one.layer)  # a file's word on how the base stores it is a hint only
     if trimmed(one.shape) != trimmed(other.shape):
-        turned = getattr(other, "oriented", lambda layer: other)
-        other = turned("transposed" if getattr(other, "layer", "") == "plain" else "plain")
-        if trimmed(one.shape) != trimmed(other.shape):
-            raise MatchError(f"the updates' shapes differ: {list(one.shape)} and {list(other.shape)}")
-    first, second = _pair(one), _pair(other)
-    if first is not None and second is not None:
-        (up, down), (up2, down2) = first, second
+        raise MatchError(f"the updates' shapes differ: {list(one.shape)} and {list(other.shape)}")
+    pair, pair2 = _pair(one), _pair(other)
+    if pair is not None and pair2 is not None:
+        (up, down), (up2, down2) = pair, pair2
         stacked = product_norm(np.hstack((up, -up2)), np.vstack((down, down2)))
         same = up.shape == up2.shape and np.array_equal(up, up2) and np.array_equal(down, down2)
         return _Squares(product_norm(up, down) ** 2, product_norm(up2, down2) ** 2, 0.0 if same else stacked**2)

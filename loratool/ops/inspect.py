@@ -101,8 +101,6 @@ def odd(adapter: Adapter) -> list[str]:
         )
     if any(low.alpha == 0 for low in lows):
         found.append("alpha is stored as 0: these modules have no effect here, while LyCORIS reads 0 as the rank")
-    if "split_qkv" in str(adapter.metadata.strings.get("ss_network_args", "")):
-        found.append("trained with split_qkv: the stored alpha is that of each part, so its fused modules act too weak")
     missing = sum(low.alpha is None for low in lows)
     if missing and adapter.metadata.scaling_known:
         found.append(f"alpha is missing for {missing} of {len(lows)} modules: their scaling is 1")

@@ -1,0 +1,276 @@
+"""The public functions that compute adapters: extract, resize, add, subtract, rank. `loratool.api` has the others."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool import __version__, formats
+from loratool.adapter import Adapter
+from loratool.api import AnyPath, Base, Reading, Source, _adapter, _flat, _model
+from loratool.errors import LoratoolError, UsageError
+from loratool.files import prepare_output, staged
+from loratool.formats.base import Format
+from loratool.hashes import sha256
+from loratool.ops.convert import parse_dtype, require_scaling, with_provenance
+from loratool.ops.rank import RankReport, rank_adapter, rank_models
+from loratool.ops.spectral import Choice, ModuleResult, Result
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ComputeReport:
+    """What was written; the fields of ``extract/resize/add/subtract --json``.
+
+    ``relative_error`` is that of the whole adapter in the Frobenius norm, of what was written.
+    """
+
+    output: str
+    format: str
+    ranks: Mapping[str, int]
+    parameters: int
+    bytes: int
+    relative_error: float
+    modules: tuple[ModuleResult, ...]
+    carried: tuple[str, ...]
+    losses: tuple[str, ...]
+    operation: str
+    version: str
+    inputs: Mapping[str, str]
+    strengths: tuple[float, ...]
+    warnings: tuple[str, ...]
+
+
+def extract(
+    base: Base,
+    tuned: Base,
+    out: AnyPath,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    max_size: int | None = None,
+    to: str = "peft",
+    include: str | None = None,
+    exclude: str | None = None,
+    dtype: str = "keep",
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    allow_loss: bool = False,
+    reading: Reading | None = None,
+    progress: Progress | None = None,
+) -> ComputeReport:
+    """Write the LoRA of TUNED - BASE to ``out``: merge(BASE, out) gives TUNED up to the stated error.
+
+    ``rank`` for all, or the smallest that keeps ``energy`` / reaches ``error`` (``rank`` the cap), or what loses least
+    for ``max_size`` bytes. ``include`` and ``exclude`` are regular expressions searched in module names. Raises
+    MatchError for models that do not fit, before the first SVD; UsageError; NumericError; LossError.
+    """
+    from loratool.ops.extract import extract as compute
+
+    choice, reading, chosen = Choice(rank, energy, error, max_size), reading or Reading(), formats.by_name(to)
+    one, other = _model(base, reading), _model(tuned, reading)
+    path = prepare_output(out, overwrite, {"the base": one.path, "the tuned model": other.path})
+    result = compute(
+        one,
+        other,
+        choice,
+        include=include,
+        exclude=exclude,
+        dtype=parse_dtype(dtype),
+        to_device=_to(device),
+        seed=seed,
+        progress=progress,
+    )
+    if one.architecture is not None or any(
+        name.startswith(("unet.", "transformer.")) for name in result.adapter.updates
+    ):
+        result = Result(
+            result.adapter.with_metadata(format="diffusers"), result.modules, result.relative_error, result.warnings
+        )
+    inputs = {f"base/{w.name}": w.file.path for w in one.weights}
+    inputs |= {f"tuned/{w.name}": w.file.path for w in other.weights}
+    return _write(result, path, chosen, "extract", inputs, overwrite=overwrite, allow_loss=allow_loss)
+
+
+def resize(
+    adapter: Source,
+    out: AnyPath,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    max_size: int | None = None,
+    base: Base | None = None,
+    to: str | None = None,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    allow_loss: bool = False,
+    reading: Reading | None = None,
+) -> ComputeReport:
+    """Write ``adapter`` with other ranks, the best in the Frobenius norm; beyond what there is, padded with zeros.
+
+    The arguments choose ranks as in `extract`. Raises MatchError for kinds that need ``base`` when none is given.
+    """
+    from loratool.ops.resize import resize as compute
+
+    choice = Choice(rank, energy, error, max_size)
+    source = _checked(adapter, reading)
+    path = prepare_output(out, overwrite, _inputs([source]))
+    model = None if base is None else _model(base, reading or Reading())
+    result = compute(source, choice, model, parse_dtype(dtype))
+    chosen = formats.by_name(to or source.metadata.format)
+    report = _write(result, path, chosen, "resize", _weights([source]), overwrite=overwrite, allow_loss=allow_loss)
+    if max_size is not None and report.bytes > max_size:
+        raise LoratoolError(f"the file has {report.bytes:,} bytes, more than asked for", path)
+    return report
+
+
+def add(
+    *adapters: Source | Sequence[Source],
+    out: AnyPath,
+    strengths: Sequence[float] | None = None,
+    rank: int | None = None,
+    base: Base | None = None,
+    to: str | None = None,
+    overwrite: bool = False,
+    allow_loss: bool = False,
+    reading: Reading | None = None,
+) -> ComputeReport:
+    """Write the sum of strength x update: exact by concatenation, or the best of ``rank``."""
+    from loratool.ops.add import add as compute
+
+    return _linear(compute, "add", _flat(adapters), out, strengths, rank, base, to, overwrite, allow_loss, reading)
+
+
+def subtract(
+    *adapters: Source | Sequence[Source],
+    out: AnyPath,
+    strengths: Sequence[float] | None = None,
+    rank: int | None = None,
+    base: Base | None = None,
+    to: str | None = None,
+    overwrite: bool = False,
+    allow_loss: bool = False,
+    reading: Reading | None = None,
+) -> ComputeReport:
+    """Write the first adapter minus the others; the rules of `add`."""
+    from loratool.ops.add import subtract as compute
+
+    return _linear(compute, "subtract", _flat(adapters), out, strengths, rank, base, to, overwrite, allow_loss, reading)
+
+
+def rank(
+    source: AnyPath | Adapter,
+    tuned: Base | None = None,
+    *,
+    energy: float | None = None,
+    error: float | None = None,
+    max_size: int | None = None,
+    base: Base | None = None,
+    reading: Reading | None = None,
+    progress: Progress | None = None,
+) -> RankReport:
+    """The spectrum of every update of an adapter, or of ``tuned`` - ``source`` for two models; a proposed rank each."""
+    reading = reading or Reading()
+    asked = (energy, error, max_size) != (None, None, None)
+    choice = Choice(None, energy, error, max_size) if asked else None
+    if tuned is not None:
+        if isinstance(source, Adapter):
+            raise UsageError("two models, or one adapter")
+        return rank_models(_model(source, reading), _model(tuned, reading), choice, progress)
+    model = None if base is None else _model(base, reading)
+    return rank_adapter(_checked(source, reading), choice, model)
+
+
+def _linear(
+    compute: Callable[..., Result],
+    operation: str,
+    adapters: Sequence[Source],
+    out: AnyPath,
+    strengths: Sequence[float] | None,
+    rank: int | None,
+    base: Base | None,
+    to: str | None,
+    overwrite: bool,
+    allow_loss: bool,
+    reading: Reading | None,
+) -> ComputeReport:
+    sources = [_checked(adapter, reading) for adapter in adapters]
+    path = prepare_output(out, overwrite, _inputs(sources))
+    model = None if base is None else _model(base, reading or Reading())
+    result = compute(sources, strengths, rank, model)
+    chosen = formats.by_name(to or sources[0].metadata.format)
+    given = tuple(strengths) if strengths else (1.0,) * len(sources)
+    inputs = _weights(sources)
+    return _write(result, path, chosen, operation, inputs, given, overwrite=overwrite, allow_loss=allow_loss)
+
+
+def _checked(source: Source, reading: Reading | None) -> Adapter:
+    adapter = _adapter(source, reading)
+    require_scaling(adapter)
+    return adapter
+
+
+def _inputs(adapters: Sequence[Adapter]) -> dict[str, Path]:
+    """What the output may not overwrite."""
+    return {f"adapter {n}": a.metadata.path for n, a in enumerate(adapters, 1) if a.metadata.path}
+
+
+def _weights(adapters: Sequence[Adapter]) -> dict[str, Path]:
+    return {f"adapter{n}/{p.name}": p for n, a in enumerate(adapters, 1) for p in a.metadata.weights}
+
+
+def _to(device: str) -> Callable[..., object]:
+    """What moves a matrix to the device."""
+    if device in ("auto", "cpu"):
+        return lambda values: values
+    from loratool.devices import choose
+
+    choose(device, {})
+    import torch
+
+    return lambda values: torch.from_numpy(values).to(device)
+
+
+def _write(
+    result: Result,
+    path: Path,
+    chosen: Format,
+    operation: str,
+    inputs: Mapping[str, Path],
+    strengths: Sequence[float] = (),
+    *,
+    overwrite: bool,
+    allow_loss: bool,
+) -> ComputeReport:
+    """Write a computed adapter, complete or not at all, and report it."""
+    more = {"strengths": list(strengths)} if strengths else {}
+    hashes = {name: sha256(path) for name, path in sorted(inputs.items())}
+    adapter = with_provenance(result.adapter, operation, hashes, **more)
+    losses = formats.check_losses(adapter, chosen, allow_loss)
+    with staged(path, overwrite) as temporary:
+        chosen.write(adapter, temporary)
+    weights = path / "adapter_model.safetensors" if path.is_dir() else path
+    tensors = [t for u in adapter.updates.values() for t in u.slots.values()]
+    return ComputeReport(
+        output=os.fspath(path),
+        format=chosen.name,
+        ranks=dict(sorted(Counter(str(u.rank) for u in adapter.modules().values()).items(), key=lambda p: len(p[0]))),
+        parameters=sum(t.size for t in (*tensors, *adapter.carried.values())),
+        bytes=weights.stat().st_size,
+        relative_error=result.relative_error,
+        modules=result.modules,
+        carried=tuple(adapter.carried),
+        losses=tuple(map(str, losses)),
+        operation=operation,
+        version=__version__,
+        inputs=hashes,
+        strengths=tuple(strengths),
+        warnings=result.warnings,
+    )

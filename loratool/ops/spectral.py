@@ -1,0 +1,193 @@
+"""What extract, resize, add and combine share: the choice of ranks, LoRAs from truncations, and the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from loratool.adapter import Adapter, is_bias
+from loratool.errors import NumericError, UsageError
+from loratool.linalg import Truncation, allocate, error_for_energy, rank_for_error, to_numpy
+from loratool.ops.compare import product_norm
+from loratool.tensors import DTYPES, Tensor, header_bytes
+from loratool.update import Layer, LowRank
+
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How ranks are chosen: a rank for all (a cap beside another), a share of the energy, a relative error, a size.
+
+    ``energy`` and ``error`` are in (0, 1]; ``max_size`` is in bytes of the whole weights file. Raises UsageError.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+    max_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise UsageError("the rank must be at least 1", str(self.rank))
+        for name, value in (("energy", self.energy), ("error", self.error)):
+            if value is not None and not 0 < value <= 1:
+                raise UsageError(f"the {name} must be in (0, 1]", str(value))
+        if sum(value is not None for value in (self.energy, self.error, self.max_size)) > 1:
+            raise UsageError("only one of --energy, --error and --max-size can choose the ranks")
+        if (self.rank, self.energy, self.error, self.max_size) == (None, None, None, None):
+            raise UsageError("no rank is chosen", hint="give --rank, --energy, --error or --max-size")
+
+    @property
+    def bound(self) -> float | None:
+        """The relative error allowed for each module, where that chooses."""
+        return error_for_energy(self.energy) if self.energy is not None else self.error
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``12MB``, ``1.5GB``, ``4096`` (powers of 1000). Raises UsageError."""
+    number = text.strip().upper().rstrip("TGMKB")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        count = float(number) * _SIZES[unit]
+    except (ValueError, KeyError):
+        raise UsageError("not a size", repr(text), "such as 50MB") from None
+    if not 0 < count < 1e18:
+        raise UsageError("not a size", repr(text), "such as 50MB")
+    return int(count)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One module on its way: the truncation that its ranks are cut from, and what its LoRA must look like.
+
+    ``shape`` is that of the weight as the factors are held: [o,i,*k].
+    """
+
+    truncation: Truncation
+    shape: tuple[int, ...]
+    dtype: str
+    layer: Layer = "plain"
+    scaling: float = 1.0
+    rank_stabilised: bool = False
+
+    @property
+    def unit(self) -> int:
+        """Bytes of one more rank."""
+        return (self.shape[0] + math.prod(self.shape[1:])) * DTYPES[self.dtype].bits // 8
+
+    def low_rank(self, rank: int) -> LowRank:
+        """The LoRA of this rank, padded with zeros beyond what there is. Raises NumericError on overflow."""
+        found = self.truncation.cut(min(rank, len(self.truncation.values)))
+        up, down = (to_numpy(factor).astype(np.float32) for factor in found.factors())
+        scaling = self.scaling if self.scaling > 0 and math.isfinite(self.scaling) else 1.0
+        up, down = up / np.float32(math.sqrt(scaling)), down / np.float32(math.sqrt(scaling))
+        missing = rank - len(down)
+        up, down = np.pad(up, ((0, 0), (0, missing))), np.pad(down, ((0, missing), (0, 0)))
+        alpha = scaling * (math.sqrt(rank) if self.rank_stabilised else rank)
+        factors = [_stored(values, self.dtype) for values in (down.reshape(rank, *self.shape[1:]), up)]
+        return LowRank(factors[0], factors[1], None, alpha, self.rank_stabilised, self.layer)
+
+
+def _stored(values: np.ndarray, dtype: str) -> Tensor:
+    """Values as a stored tensor. Raises NumericError where they overflow."""
+    with np.errstate(over="ignore"):
+        tensor = Tensor.of(values, dtype)
+    if not np.isfinite(tensor.float()).all():
+        raise NumericError(f"a factor overflows {dtype}", hint="choose a wider --dtype")
+    return tensor
+
+
+def choose_ranks(pieces: Mapping[str, Piece], choice: Choice, overhead: int = 0) -> dict[str, int]:
+    """The rank of each module; at least 1. ``overhead`` is what the file holds besides factors, in bytes."""
+    if choice.max_size is not None:
+        return _by_size(pieces, choice, choice.max_size - overhead)
+    if choice.bound is None:
+        return {name: int(choice.rank or 1) for name in pieces}
+    cap = choice.rank or 1 << 30
+    found = {n: rank_for_error(p.truncation.values, p.truncation.energy, choice.bound) for n, p in pieces.items()}
+    return {name: max(1, min(rank, cap)) for name, rank in found.items()}
+
+
+def _by_size(pieces: Mapping[str, Piece], choice: Choice, budget: int) -> dict[str, int]:
+    """One global threshold: what loses least for the bytes. Raises UsageError where not even rank 1 fits."""
+    units = {name: piece.unit for name, piece in pieces.items()}
+    room = budget - sum(units.values())
+    if room < 0:
+        raise UsageError(
+            f"rank 1 of all {len(pieces)} modules is larger than --max-size by {-room:,} bytes",
+            hint="a larger size, or fewer modules",
+        )
+    limit = (choice.rank or 1 << 30) - 1
+    more = {name: piece.truncation.values[1 : 1 + limit] for name, piece in pieces.items()}
+    return {name: 1 + rank for name, rank in allocate(more, units, room).items()}
+
+
+def header_size(pieces: Mapping[str, Piece], metadata: Mapping[str, str], carried: Mapping[str, Tensor]) -> int:
+    """A bound of the bytes of a weights file besides the factors: header, alphas, carried tensors."""
+    longest = 24  # characters that any layout's suffix or prefix adds to a module's name
+    entries: list[tuple[str, str, tuple[int, ...]]]
+    entries = [(f"{name}{'x' * longest}{n}", "F32", (1 << 20, 1 << 20)) for name in pieces for n in range(3)]
+    entries += [(name + "x" * longest, t.dtype, t.shape) for name, t in carried.items()]
+    extra = {"loratool": "x" * (1200 + 90 * len(carried))}
+    return len(header_bytes(entries, {**metadata, **extra})) + 4 * len(pieces) + sum(t.nbytes for t in carried.values())
+
+
+@dataclass(frozen=True)
+class ModuleResult:
+    """One module of the output: its rank, its relative error, and the share of the energy that is kept."""
+
+    module: str
+    rank: int | None
+    relative_error: float
+    energy: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """An adapter computed and not yet written, and how far it is from what was asked."""
+
+    adapter: Adapter
+    modules: tuple[ModuleResult, ...]
+    relative_error: float
+    warnings: tuple[str, ...] = ()
+
+
+def summarise(adapter: Adapter, squares: Mapping[str, tuple[float, float]], warnings: Sequence[str] = ()) -> Result:
+    """The report of an adapter from (squared norm of the error, of the whole) by module."""
+    modules = []
+    for name, (lost, whole) in squares.items():
+        update = adapter.updates.get(name)
+        relative = math.sqrt(lost / whole) if whole > 0 else 0.0
+        modules.append(ModuleResult(name, update.rank if update else 0, relative, max(0.0, 1 - relative**2)))
+    lost, whole = (sum(pair[n] for pair in squares.values()) for n in (0, 1))
+    return Result(adapter, tuple(modules), math.sqrt(lost / whole) if whole > 0 else 0.0, tuple(warnings))
+
+
+def factor_error(up: np.ndarray, down: np.ndarray, made: LowRank) -> tuple[float, float]:
+    """Squared norms of (up @ down) - made, and of up @ down, from the factors in float64."""
+    other_up, other_down = (f.astype(np.float64) for f in replace(made, layer=_held(made.layer)).factors())
+    lost = product_norm(np.hstack((up, -other_up)), np.vstack((down, other_down)))
+    return lost**2, product_norm(up, down) ** 2
+
+
+def _held(layer: Layer) -> Layer:
+    """The orientation in which factors are held."""
+    return "plain" if layer == "transposed" else layer
+
+
+def fresh_metadata(adapter: Adapter) -> Adapter:
+    """The adapter without metadata that told ranks: they are written anew."""
+    stale = ("ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "sshs_", "modelspec.hash_sha256")
+    strings = {k: v for k, v in adapter.metadata.strings.items() if not k.startswith(stale)}
+    told = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "lora_bias", "use_dora", "use_rslora")
+    config = {k: v for k, v in adapter.metadata.config.items() if k not in (*told, "init_lora_weights")}
+    return adapter.with_metadata(strings=strings, config=config)
+
+
+def weights_of(adapter: Adapter) -> list[str]:
+    """The targets that are weights, not biases."""
+    return [name for name in adapter.updates if not is_bias(name)]
