@@ -22,6 +22,7 @@ from loratool.errors import SHOWN, LoratoolError, UsageError
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
     from loratool.api import Reading
+    from loratool.compute import ComputeReport
     from loratool.ops.merge import Progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -103,6 +104,45 @@ _dtype = click.option(
     show_default=True,
     help="Store values so.",
 )
+
+
+_to = click.option("--to", metavar="FORMAT", help="The format to write.  [default: the source's]")
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg]
+    """Bytes, or KB, MB, GB of 1000."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from loratool.ops.spectral import parse_size
+
+        return parse_size(value) if isinstance(value, str) else int(value)
+
+
+def _ranks(command: Command) -> Command:
+    """How ranks are chosen."""
+    for option in (
+        click.option("--max-size", type=_Size(), help="Ranks that lose least for a file of this size, such as 50MB."),
+        click.option("--error", type=float, metavar="F", help="The smallest rank with at most this relative error."),
+        click.option(
+            "--energy", type=float, metavar="F", help="The smallest rank that keeps this share of the energy."
+        ),
+        click.option("--rank", type=int, metavar="N", help="The rank; beside another choice, the cap."),
+    ):
+        option(command)
+    return command
+
+
+def _linear(command: Command) -> Command:
+    """What add and subtract have in common."""
+    rank = click.option("--rank", type=int, metavar="N", help="The best of this rank, in place of the exact sum.")
+    loss = _flag("--allow-loss", help="Write what the format can say; list the rest.")
+    strength = click.option(
+        "--strength", "-s", "strengths", type=float, metavar="S", multiple=True, help="One for each."
+    )
+    decorators = (_adapters, _out, strength, rank, _base_option, _to, loss, _overwrite, _json, _reads, _common)
+    return functools.reduce(lambda done, decorate: decorate(done), reversed(decorators), command)
 
 
 # ---------------------------------------------------------------- commands
@@ -294,7 +334,103 @@ def compare_command(first: str, second: str, json: bool, **options: Any) -> None
         show_comparison(found, _state.verbose)
 
 
+@app.command("extract", short_help="Extract a LoRA from a full fine-tune.")
+@_base
+@click.argument("tuned")
+@_out
+@_ranks
+@click.option("--to", metavar="FORMAT", default="peft", show_default=True, help="The format to write.")
+@click.option("--include", metavar="RE", help="Only modules in whose name it is found.")
+@click.option("--exclude", metavar="RE", help="No modules in whose name it is found.")
+@_dtype
+@_device
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised start.")
+@_flag("--allow-loss", help="Write what the format can say; list the rest.")
+@_overwrite
+@_json
+@_reads
+@_common
+def extract_command(base: str, tuned: str, out: str, json: bool, **options: Any) -> None:
+    """Extract the LoRA of TUNED - BASE by truncated SVD, and state its error.
+
+    Merged into BASE it gives TUNED up to that error. Norms, biases and resized embeddings are carried whole.
+    """
+    from loratool import compute
+
+    with _progress("extracting") as progress:
+        report = compute.extract(base, tuned, out, progress=progress, **options)
+    _computed(report, json)
+
+
+@app.command("resize", short_help="Give an adapter another rank.")
+@_adapter
+@_out
+@_ranks
+@_base_option
+@_to
+@_dtype
+@_flag("--allow-loss", help="Write what the format can say; list the rest.")
+@_overwrite
+@_json
+@_reads
+@_common
+def resize_command(adapter: str, out: str, json: bool, **options: Any) -> None:
+    """Give an adapter another rank: the best in the Frobenius norm, from its factors alone."""
+    from loratool import compute
+
+    _computed(compute.resize(adapter, out, **options), json)
+
+
+@app.command("add", short_help="Add adapters.")
+@_linear
+def add_command(adapters: Sequence[str], json: bool, **options: Any) -> None:
+    """Add adapters: the linear sum of their updates, exact, or the best of --rank."""
+    from loratool import compute
+
+    _computed(compute.add(*adapters, **options), json)
+
+
+@app.command("subtract", short_help="Subtract adapters from the first.")
+@_linear
+def subtract_command(adapters: Sequence[str], json: bool, **options: Any) -> None:
+    """Subtract adapters from the first, exactly, or the best of --rank."""
+    from loratool import compute
+
+    _computed(compute.subtract(*adapters, **options), json)
+
+
+@app.command("rank", short_help="Tell which rank is needed.")
+@click.argument("source", metavar="ADAPTER|BASE")
+@click.argument("tuned", required=False)
+@_ranks
+@_base_option
+@_json
+@_reads
+@_common
+def rank_command(source: str, tuned: str | None, json: bool, **options: Any) -> None:
+    """Show the spectrum of an ADAPTER, or of TUNED - BASE: energy and error at each rank, a proposed rank."""
+    from loratool import compute
+    from loratool.show import show_ranks
+
+    with _progress("measuring") as progress:
+        report = compute.rank(source, tuned, progress=progress, **options)
+    if json:
+        _print_json(dataclasses.asdict(report))
+    else:
+        show_ranks(report)
+
+
 # ---------------------------------------------------------------- what they print, and how they end
+
+
+def _computed(report: ComputeReport, json: bool) -> None:
+    from loratool.show import show_computed
+
+    if json:
+        _print_json(dataclasses.asdict(report))
+    else:
+        show_computed(report)
+        _warn((*report.warnings, *(f"lost: {loss}" for loss in report.losses)))
 
 
 def _explain(*adapters: Adapter) -> None:

@@ -169,6 +169,7 @@ def rank(
     source: AnyPath | Adapter,
     tuned: Base | None = None,
     *,
+    rank: int | None = None,
     energy: float | None = None,
     error: float | None = None,
     max_size: int | None = None,
@@ -178,8 +179,8 @@ def rank(
 ) -> RankReport:
     """The spectrum of every update of an adapter, or of ``tuned`` - ``source`` for two models; a proposed rank each."""
     reading = reading or Reading()
-    asked = (energy, error, max_size) != (None, None, None)
-    choice = Choice(None, energy, error, max_size) if asked else None
+    asked = (rank, energy, error, max_size) != (None, None, None, None)
+    choice = Choice(rank, energy, error, max_size) if asked else None
     if tuned is not None:
         if isinstance(source, Adapter):
             raise UsageError("two models, or one adapter")

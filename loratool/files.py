@@ -200,7 +200,7 @@ def _sweep(out: Path) -> None:
     prefix = f".{out.name}.loratool-{_host()}-"
     for path in out.parent.glob(glob_escape(prefix) + "*"):
         pid = path.name[len(prefix) :].split("-")[0]
-        if pid.isdigit() and int(pid) != os.getpid() and not Path("/proc", pid).exists() and os.path.isdir("/proc"):
+        if pid.isdigit() and not Path("/proc", pid).exists() and os.path.isdir("/proc"):
             if path.name.endswith(_OLD) and not os.path.lexists(out):
                 os.rename(path, out)
             remove(path)

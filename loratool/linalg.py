@@ -244,7 +244,7 @@ def allocate(spectra: Mapping[str, np.ndarray], costs: Mapping[str, int], budget
     Greedy by energy for cost, the optimum of this knapsack up to one item since spectra descend. Ranks may be 0.
     """
     offers = sorted(
-        ((-float(v) ** 2 / costs[name], name, k) for name, values in spectra.items() for k, v in enumerate(values)),
+        ((-(float(v) ** 2) / costs[name], name, k) for name, values in spectra.items() for k, v in enumerate(values)),
     )
     ranks = dict.fromkeys(spectra, 0)
     left = budget

@@ -19,6 +19,8 @@ from loratool.errors import MatchError
 from loratool.model import Model
 from loratool.update import DoRA, LowRank, Update, trimmed
 
+NAMED = 100  # modules for which the nearest is looked up: a wrong base has thousands
+
 
 @dataclass(frozen=True)
 class Match:
@@ -47,6 +49,7 @@ class Names:
     def __init__(self, places: Mapping[str, Slot]) -> None:
         self.places = places
         self._by_tail: dict[int, dict[str, list[str]]] = {}
+        self._misses = 0
 
     def find(self, name: str) -> tuple[str, str] | Unmatched:
         """(the base's name, how it was found) of a parameter."""
@@ -59,7 +62,8 @@ class Names:
             if distinct:
                 some = ", ".join(sorted(distinct.values())[:3])
                 return Unmatched(name, f"ambiguous: {some}")
-        return Unmatched(name, f"nearest: {self.nearest(name)}")
+        self._misses += 1
+        return Unmatched(name, f"nearest: {self.nearest(name)}" if self._misses <= NAMED else "no such module")
 
     def _renamed(self, name: str) -> list[str]:
         """Names under the prefixes that known models changed."""
@@ -96,9 +100,12 @@ class Names:
         return table
 
     def nearest(self, name: str) -> str:
-        """The base's module that is spelled most alike."""
-        pool = self._by_leaf.get(leaf(name)) or list(self.places)
-        close = difflib.get_close_matches(name, pool[:2000], 1, cutoff=0.0)
+        """The base's module that is spelled most alike: it shares most segments, then most letters."""
+        parts = set(name.split("."))
+        shared = {n: len(parts.intersection(n.split("."))) for n in self._by_leaf.get(leaf(name)) or self.places}
+        most = max(shared.values(), default=0)
+        pool = [n for n, count in shared.items() if count == most][:100]
+        close = difflib.get_close_matches(name, pool, 1, cutoff=0.0)
         return module_of(close[0]) if close else "none"
 
 

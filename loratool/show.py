@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratool.api import ConvertReport, FormatRow
+    from loratool.compute import ComputeReport
     from loratool.ops.compare import Comparison
     from loratool.ops.inspect import Inspection, Target
     from loratool.ops.merge import MergeReport
+    from loratool.ops.rank import RankReport
     from loratool.ops.verify import VerifyReport
 
 _ABRIDGED = 24  # rows of a long list on a terminal
@@ -224,3 +226,51 @@ def show_plan(plan: Mapping[str, Any]) -> None:
             ("memory", f"{size(plan['peak_memory'])} for blocks and factors"),
         )
     )
+
+
+def show_computed(report: ComputeReport) -> None:
+    """What a computed adapter is, and how far it is from what was asked."""
+    print(f"wrote {bold(report.output)} ({report.format})")
+    facts(
+        (
+            ("modules", f"{sum(report.ranks.values()):,}"),
+            ("rank", counts(report.ranks) if report.ranks else ""),
+            ("carried", f"{len(report.carried):,} whole tensors: {_some(report.carried)}" if report.carried else ""),
+            ("parameters", f"{report.parameters:,}"),
+            ("size", size(report.bytes)),
+            (
+                "error",
+                f"{report.relative_error:.3g} of the whole ({1 - report.relative_error**2:.4%} of the energy kept)",
+            ),
+        )
+    )
+    if any(m.relative_error > 1e-6 for m in report.modules):
+        print()
+        worst = sorted(report.modules, key=lambda m: -m.relative_error)
+        rows = [(m.module, str(m.rank), f"{m.relative_error:.3g}", f"{m.energy:.2%}") for m in worst]
+        table(("module", "rank", "error", "energy"), rows)
+
+
+_SHARES = (0.90, 0.95, 0.99)
+
+
+def show_ranks(report: RankReport) -> None:
+    """The spectrum of each module as bars, the ranks that keep 90, 95 and 99 percent, and the proposal."""
+    rows = []
+    for m in report.modules:
+        needed = [
+            str(1 + next((n for n, e in enumerate(m.energy) if e >= share), len(m.energy) - 1)) for share in _SHARES
+        ]
+        rows.append((m.module, spark(m.singular_values), f"{m.stable_rank:.1f}", *needed, str(m.proposed_rank)))
+    table(("module", "spectrum", "stable", *(f"{share:.0%}" for share in _SHARES), "proposed"), rows)
+    print()
+    proposed = f"{report.proposed_parameters:,} parameters, error {report.relative_error:.3g} of the whole"
+    facts((("proposed", proposed),))
+
+
+def spark(values: Sequence[float], width: int = 16) -> str:
+    """Descending values as a line of bars, relative to the first."""
+    if not values or values[0] <= 0:
+        return ""
+    picked = [values[n * len(values) // width] for n in range(width)] if len(values) > width else list(values)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value / values[0]))] for value in picked)

@@ -130,8 +130,14 @@ JUDGED: dict[str, Any] = {
         Q_PROJ: DoRA(low(Q_PROJ, alpha=1.0), magnitude(Q_PROJ)),
     },
     "biases": lambda: {
-        **{name: low(name, alpha=6.0) for name in WITH_BIAS},
         **{f"{name}.bias": Dense(magnitude(name), 3.0, "bias") for name in WITH_BIAS if name != SHORTCUT},
+        **{name: low(name, alpha=6.0) for name in WITH_BIAS},
+    },
+    "biases in the text encoder only": lambda: {
+        TO_Q: low(TO_Q),
+        FC1: low(FC1),
+        Q_PROJ: low(Q_PROJ),  # an encoder with LoRA on its MLPs only is beyond diffusers 0.42
+        f"{FC1}.bias": Dense(magnitude(FC1), 1.0, "bias"),
     },
 }
 
