@@ -335,13 +335,13 @@ def verify(
 
 def compare(first: Source, second: Source, *, base: Base | None = None, reading: Reading | None = None) -> Comparison:
     """The relative difference of two adapters' updates, module by module, blind to how they are factored."""
+    from loratool.ops.changes import Changes, check_values
     from loratool.ops.compare import compare
-    from loratool.ops.convert import require_scaling
 
     model = None if base is None else _model(base, reading or Reading())
     one, other = (_adapter(source, reading) for source in (first, second))
     for adapter in (one, other):
-        require_scaling(adapter)
+        check_values(adapter, Changes())
     return compare(one, other, model)
 
 

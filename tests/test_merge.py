@@ -320,6 +320,8 @@ def test_a_new_head_goes_where_the_index_looks(tmp_path: Path) -> None:
     lora = lora_file(tmp_path / "x", {"layers.0.q": low()}, score__weight=normal(2, 5))
     loratool.merge(base, lora, out=tmp_path / "out")
     assert_index(tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"]["score.weight"] == "model-00002-of-00002.safetensors"
 
 
 def assert_index(folder: Path) -> None:

@@ -114,7 +114,7 @@ def test_metadata_and_tokenizer_files_travel(tmp_path: Path) -> None:
 PIECES = st.sampled_from(("layers", "1", "11", "q_proj", "proj", "_proj", "attn", "X", "mlp"))
 NAMES = st.lists(PIECES, min_size=1, max_size=4).map(".".join)
 KEYS = NAMES | st.sampled_from(
-    r"layers.1.q layers\.1\.q_proj .*attn.* ^q_proj ^layers.1.q_proj (q|k)_proj \d+ layers\.1+\..* proj|mlp q_proj$".split()
+    (r"layers.1.q", r".*attn.*", "^q_proj", "^layers.1.q_proj", "(q|k)_proj", r"layers\.1+\..*", "proj|mlp", r"q_proj$")
 )
 
 

@@ -157,18 +157,18 @@ def test_a_copy_of_the_base_beside_the_update_is_no_change(tied: Path, tmp_path:
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
 
 
-def test_the_base_that_the_update_was_trained_on_replaces_the_bases(tmp_path: Path) -> None:
-    """llm trap 40, 41: `embed_tokens.base_layer.weight` is no delta; a resized vocabulary takes its rows."""
-    base = samples.model(
-        tmp_path / "base", {f"{EMBEDDING}.weight": normal(7, 5), f"{HEAD}.weight": normal(7, 5, seed=1)},
-        LM | {"tie_word_embeddings": False},
-    )  # fmt: skip
-    own, update = normal(9, 5, seed=8), low(9, 5, layer="embedding")
-    lora = lora_file(tmp_path / "x", {EMBEDDING: update}, model__embed_tokens__weight=own, lm_head__weight=normal(9, 5))
-    loratool.merge(base, lora, out=tmp_path / "out")
+@pytest.mark.parametrize(("rows", "strength"), [(7, 1.0), (7, 0.5), (9, 1.0)])
+def test_the_base_that_the_update_was_trained_on_replaces_the_bases(rows: int, strength: float, tmp_path: Path) -> None:
+    """llm traps 40 and 41: `embed_tokens.base_layer.weight` is no delta, and knows no strength."""
+    tensors = {f"{EMBEDDING}.weight": normal(7, 5), f"{HEAD}.weight": normal(7, 5, seed=1)}
+    base = samples.model(tmp_path / "base", tensors, LM | {"tie_word_embeddings": False})
+    own, update = normal(rows, 5, seed=8), low(rows, 5, layer="embedding")
+    head = {"lm_head__weight": normal(rows, 5, seed=2)} if rows > 7 else {}
+    lora = lora_file(tmp_path / "x", {EMBEDDING: update}, model__embed_tokens__weight=own, **head)
+    loratool.merge(base, lora, strengths=[strength], out=tmp_path / "out")
     found = arrays(tmp_path / "out")
-    np.testing.assert_allclose(found[f"{EMBEDDING}.weight"], own.array() + update.delta(), atol=1e-6)
-    assert config_of(tmp_path / "out")["vocab_size"] == 9
+    np.testing.assert_allclose(found[f"{EMBEDDING}.weight"], own.array() + strength * update.delta(), atol=1e-6)
+    assert config_of(tmp_path / "out")["vocab_size"] == rows == len(found[f"{HEAD}.weight"])
 
 
 def test_a_longer_vocabulary_of_a_tied_model(tied: Path, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ class _Scales:
     """What the table of one component says of its modules."""
 
     def __init__(self, table: Mapping[str, Any], evidence: Evidence) -> None:
-        peft._refuse(table, evidence.path)
+        peft.refuse(table, evidence.path)
         self.table, self.evidence = table, evidence
         self.scales = peft.Scales(table, evidence)
         self._named = _namer(table)
@@ -318,12 +318,12 @@ def write(adapter: Adapter, path: Path) -> None:
     source = read_tables(adapter.metadata.strings, path)
     told = bool(source)
     for component, members in by_component(modules).items():
-        lows = {name: peft._plain(modules[name]) for name in members}
+        lows = {name: peft.plain_low_rank(modules[name]) for name in members}
         told = told or any(low.alpha is not None for low in lows.values())
         lows = _alike(lows)
         own = {name: update for name, update in biases.items() if component_of(name) == component}
         for name, low in lows.items():
-            slots = peft._slots(low, modules[name], own, name)
+            slots = peft.stored_slots(low, modules[name], own, name)
             tensors.update({LAYOUT.key(name, slot): tensor for slot, tensor in slots.items()})
         dora = any(isinstance(modules[name], DoRA) for name in members)
         tables[component] = _table(source.get(component, {}), lows, dora, bool(own))
@@ -351,12 +351,12 @@ def _table(source: Mapping[str, Any], lows: Mapping[str, LowRank], dora: bool, b
     }
     named = _namer(source)
     ranks = {named(name): low.rank for name, low in lows.items()}
-    alphas = {named(name): peft._number(_alpha(low)) for name, low in lows.items()}
+    alphas = {named(name): peft.number(_alpha(low)) for name, low in lows.items()}
     same = all(bool(source.get(flag)) == value for flag, value in flags.items())
-    if same and peft._still_says(source, ranks, alphas, flags["use_rslora"]):
+    if same and peft.still_says(source, ranks, alphas, flags["use_rslora"]):
         return dict(source)
-    r, rank_pattern = peft._patterned(ranks, 8)
-    lora_alpha, alpha_pattern = peft._patterned(alphas, 8)
+    r, rank_pattern = peft.patterned(ranks, 8)
+    lora_alpha, alpha_pattern = peft.patterned(alphas, 8)
     return {
         "r": r,
         "rank_pattern": rank_pattern,

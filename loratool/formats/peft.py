@@ -98,7 +98,7 @@ def sniff(evidence: Evidence) -> str | None:
     """PEFT by its configuration, or by the prefix that only PEFT's own saves have."""
     if "peft_type" in evidence.config:
         return "adapter_config.json names a peft_type"
-    if any(PREFIX in key for key in evidence.keys[:64]):
+    if any(_unwrapped(key).startswith(PREFIX) for key in evidence.keys):
         return f"keys begin with {PREFIX}"
     return None
 
@@ -106,7 +106,7 @@ def sniff(evidence: Evidence) -> str | None:
 def read(evidence: Evidence) -> Adapter:
     """Read a PEFT folder or file. Raises FormatError for what is malformed or refused by name."""
     config, file = evidence.config, evidence.file
-    _refuse(config, evidence.path)
+    refuse(config, evidence.path)
     grouped, rest = LAYOUT.group(file.tensors, normalise, file.path)
     scales = Scales(config, evidence)
     updates: dict[str, Update] = {}
@@ -132,13 +132,18 @@ def read(evidence: Evidence) -> Adapter:
 
 def normalise(key: str) -> str:
     """A key without the wrappers of training frameworks, PEFT's prefix and the adapter's name."""
-    key = _WRAPPERS.sub("", key).removeprefix("module.")
+    key = _unwrapped(key)
     while key.startswith(PREFIX):
         key = key.removeprefix(PREFIX)
     return _ADAPTER_NAME.sub(r"\1", key)
 
 
-def _refuse(config: Mapping[str, Any], where: Path) -> None:
+def _unwrapped(key: str) -> str:
+    """A key without the wrappers of torch.compile, FSDP and DDP."""
+    return _WRAPPERS.sub("", key).removeprefix("module.")
+
+
+def refuse(config: Mapping[str, Any], where: Path) -> None:
     """Raise FormatError, naming the kind, for configurations whose mathematics is not plain LoRA."""
     kind = str(config.get("peft_type", "LORA")).upper()
     if kind in _NOT_A_WEIGHT_CHANGE:
@@ -336,12 +341,12 @@ def write(adapter: Adapter, path: Path) -> None:
     modules = {n: u for n, u in adapter.modules().items() if adapter.spelling(n) not in lost}
     biases = {n: u for n, u in adapter.updates.items() if is_bias(n) and adapter.spelling(n) not in lost}
     cut = _component(adapter)
-    plain = {name: _layered(name, _plain(update)) for name, update in modules.items()}
+    plain = {name: _layered(name, plain_low_rank(update)) for name, update in modules.items()}
     if len({low.rank_stabilised for low in plain.values()}) > 1:
         plain = {n: replace(low, alpha=low.scaling * low.rank, rank_stabilised=False) for n, low in plain.items()}
     tensors: dict[str, Tensor] = {}
     for name, update in modules.items():
-        for slot, tensor in _slots(plain[name], update, biases, name).items():
+        for slot, tensor in stored_slots(plain[name], update, biases, name).items():
             tensors[PREFIX + LAYOUT.key(name.removeprefix(cut), slot)] = tensor
     for name, tensor in adapter.carried.items():
         tensors[PREFIX + _stored_name(name, modules).removeprefix(cut)] = tensor
@@ -359,7 +364,7 @@ def _component(adapter: Adapter) -> str:
     return f"{heads.pop()}." if len(heads) == 1 and adapter.metadata.format in ("kohya", "diffusers") else ""
 
 
-def _plain(update: Update) -> LowRank:
+def plain_low_rank(update: Update) -> LowRank:
     low = as_low_rank(update.direction if isinstance(update, DoRA) else update)
     assert low is not None  # losses() said so
     return low
@@ -371,7 +376,7 @@ def _layered(name: str, low: LowRank) -> LowRank:
     return low.oriented("embedding") if known else low
 
 
-def _slots(low: LowRank, update: Update, biases: Mapping[str, Update], name: str) -> dict[str, Tensor]:
+def stored_slots(low: LowRank, update: Update, biases: Mapping[str, Update], name: str) -> dict[str, Tensor]:
     """The stored tensors of one module, by PEFT's slots."""
     if low.layer == "embedding":
         slots = {"embedding_down": low.up.T, "embedding_up": low.down.T}
@@ -407,7 +412,7 @@ def configuration(adapter: Adapter, plain: Mapping[str, LowRank], lora_bias: boo
     """adapter_config.json for these modules; the source's own where it still says the same."""
     source = dict(adapter.metadata.config) if "peft_type" in adapter.metadata.config else {}
     ranks = {name: low.rank for name, low in plain.items()}
-    alphas = {name: _number(low.explicit_alpha) for name, low in plain.items()}
+    alphas = {name: number(low.explicit_alpha) for name, low in plain.items()}
     rank_stabilised = any(low.rank_stabilised for low in plain.values())
     kinds = {u.kind for u in adapter.modules().values()}
     config: dict[str, Any] = {
@@ -426,14 +431,14 @@ def configuration(adapter: Adapter, plain: Mapping[str, LowRank], lora_bias: boo
         "use_dora": "dora" in kinds,
         "lora_bias": lora_bias,
     }
-    if not _still_says(source, ranks, alphas, rank_stabilised):
-        config["r"], config["rank_pattern"] = _patterned(ranks, 8)
-        config["lora_alpha"], config["alpha_pattern"] = _patterned(alphas, 8)
+    if not still_says(source, ranks, alphas, rank_stabilised):
+        config["r"], config["rank_pattern"] = patterned(ranks, 8)
+        config["lora_alpha"], config["alpha_pattern"] = patterned(alphas, 8)
         config.update(target_modules=sorted(plain), init_lora_weights=True)
     return config
 
 
-def _still_says(
+def still_says(
     config: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapping[str, float], rank_stabilised: bool
 ) -> bool:
     """Whether a configuration gives every module this rank and alpha."""
@@ -445,7 +450,7 @@ def _still_says(
     return all(by_rank.get(n, r) == rank and by_alpha.get(n, alpha) == alphas[n] for n, rank in ranks.items())
 
 
-def _patterned(values: Mapping[str, float], default: int) -> tuple[float, dict[str, float]]:
+def patterned(values: Mapping[str, float], default: int) -> tuple[float, dict[str, float]]:
     """The commonest value, and by full name the modules that differ."""
     if not values:
         return default, {}
@@ -471,7 +476,7 @@ def _modules_to_save(adapter: Adapter, plain: Mapping[str, LowRank]) -> list[str
     return sorted(names - set(plain)) or None
 
 
-def _number(value: float) -> float:
+def number(value: float) -> float:
     """An integer where it is one: some readers insist."""
     return int(value) if float(value).is_integer() else value
 
