@@ -19,15 +19,21 @@ _HOMES = {
     "Adapter": "loratool.adapter",
     "LoratoolError": "loratool.errors",
     "Reading": "loratool.api",
+    "add": "loratool.compute",
+    "combine": "loratool.compute",
     "compare": "loratool.api",
     "convert": "loratool.api",
     "detect": "loratool.api",
+    "extract": "loratool.compute",
     "inspect": "loratool.api",
     "list_formats": "loratool.api",
     "merge": "loratool.api",
     "plan_convert": "loratool.api",
     "plan_merge": "loratool.api",
+    "rank": "loratool.compute",
     "read": "loratool.api",
+    "resize": "loratool.compute",
+    "subtract": "loratool.compute",
     "verify": "loratool.api",
     "write": "loratool.api",
 }
@@ -47,6 +53,12 @@ if TYPE_CHECKING:
     from loratool.api import read as read
     from loratool.api import verify as verify
     from loratool.api import write as write
+    from loratool.compute import add as add
+    from loratool.compute import combine as combine
+    from loratool.compute import extract as extract
+    from loratool.compute import rank as rank
+    from loratool.compute import resize as resize
+    from loratool.compute import subtract as subtract
     from loratool.errors import LoratoolError as LoratoolError
 
 

@@ -112,7 +112,7 @@ def read(
     LoratoolError (no such path), FormatError (not recognised, malformed, unsupported), UsageError (unknown format).
     """
     reading = reading or Reading()
-    modules = _model(base, reading).modules if base is not None else ()
+    modules = model_of(base, reading).modules if base is not None else ()
     evidence = Evidence(existing(path, "adapter"), reading.allow_pickle, reading.allow_links, reading.scaling, modules)
     return formats.read_adapter(evidence, format)
 
@@ -149,7 +149,7 @@ def inspect(path: Source, *, norms: bool = False, reading: Reading | None = None
     """Describe an adapter from its headers (with ``norms`` also the size of each update)."""
     from loratool.ops.inspect import inspect
 
-    return inspect(_adapter(path, reading), norms)
+    return inspect(adapter_of(path, reading), norms)
 
 
 def list_formats() -> list[FormatRow]:
@@ -175,7 +175,7 @@ def plan_convert(
     from loratool.ops.convert import cast, fit, parse_dtype
 
     chosen, stored, reading = formats.by_name(to), parse_dtype(dtype), reading or Reading()
-    model = None if base is None else _model(base, reading)
+    model = None if base is None else model_of(base, reading)
     source = (
         adapter if isinstance(adapter, Adapter) else read(adapter, format=source_format, base=model, reading=reading)
     )
@@ -279,7 +279,7 @@ def plan_merge(
     if not all(map(math.isfinite, strengths or ())):
         raise UsageError("a strength is not a finite number", hint="give numbers such as 0.8 or -1")
     reading = reading or Reading()
-    model = _model(base, reading)
+    model = model_of(base, reading)
     loaded = [a if isinstance(a, Adapter) else read(a, base=model, reading=reading) for a in adapters]
     return prepare_merge(model, loaded, strengths, stored, allow_unmatched)
 
@@ -304,7 +304,7 @@ def merge(
     """
     from loratool.ops.merge import run_merge
 
-    flat = _flat(adapters)
+    flat = flattened(adapters)
     planned = plan_merge(base, flat, strengths, dtype=dtype, allow_unmatched=allow_unmatched, reading=reading)
     return run_merge(planned, os.fspath(out), device=device, overwrite=overwrite, progress=progress)
 
@@ -327,9 +327,9 @@ def verify(
     """
     from loratool.ops.verify import verify
 
-    flat = _flat(adapters)
+    flat = flattened(adapters)
     planned = plan_merge(base, flat, strengths, dtype=dtype, allow_unmatched=allow_unmatched, reading=reading)
-    other = _model(merged, reading or Reading())
+    other = model_of(merged, reading or Reading())
     return verify(planned, other, device=device, tolerance=tolerance, progress=progress)
 
 
@@ -338,22 +338,24 @@ def compare(first: Source, second: Source, *, base: Base | None = None, reading:
     from loratool.ops.changes import Changes, check_values
     from loratool.ops.compare import compare
 
-    model = None if base is None else _model(base, reading or Reading())
-    one, other = (_adapter(source, reading) for source in (first, second))
+    model = None if base is None else model_of(base, reading or Reading())
+    one, other = (adapter_of(source, reading) for source in (first, second))
     for adapter in (one, other):
         check_values(adapter, Changes())
     return compare(one, other, model)
 
 
-def _adapter(source: Source, reading: Reading | None) -> Adapter:
+def adapter_of(source: Source, reading: Reading | None) -> Adapter:
+    """The adapter itself, read where a path is given."""
     return source if isinstance(source, Adapter) else read(source, reading=reading)
 
 
-def _model(base: Base, reading: Reading) -> Model:
+def model_of(base: Base, reading: Reading) -> Model:
+    """The model itself, described from its headers where a path is given."""
     return base if isinstance(base, Model) else read_model(Path(base), reading.allow_links)
 
 
-def _flat(adapters: Sequence[Source | Sequence[Source]]) -> list[Source]:
+def flattened(adapters: Sequence[Source | Sequence[Source]]) -> list[Source]:
     """Adapters given one by one or as one list."""
     found: list[Source] = []
     for adapter in adapters:

@@ -106,6 +106,7 @@ _dtype = click.option(
 )
 
 
+_METHODS = ("linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots")
 _to = click.option("--to", metavar="FORMAT", help="The format to write.  [default: the source's]")
 
 
@@ -135,8 +136,8 @@ def _ranks(command: Command) -> Command:
 
 
 def _linear(command: Command) -> Command:
-    """What add and subtract have in common."""
-    rank = click.option("--rank", type=int, metavar="N", help="The best of this rank, in place of the exact sum.")
+    """What add, subtract and combine have in common."""
+    rank = click.option("--rank", type=int, metavar="N", help="The best of this rank.")
     loss = _flag("--allow-loss", help="Write what the format can say; list the rest.")
     strength = click.option(
         "--strength", "-s", "strengths", type=float, metavar="S", multiple=True, help="One for each."
@@ -397,6 +398,23 @@ def subtract_command(adapters: Sequence[str], json: bool, **options: Any) -> Non
     from loratool import compute
 
     _computed(compute.subtract(*adapters, **options), json)
+
+
+@app.command("combine", short_help="Combine adapters: ties, dare, knots, ...")
+@click.option("--method", type=click.Choice(_METHODS), required=True, help="How; ties and dare as published.")
+@click.option("--density", type=float, metavar="F", help="Share of the entries that is kept.  [default: 0.5]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of dare's choice of entries.")
+@_linear
+def combine_command(adapters: Sequence[str], json: bool, **options: Any) -> None:
+    """Combine adapters on their true updates, however these are factored; written at --rank.
+
+    linear: the sum, exact without --rank. svd: its best rank. magnitude_prune: the sum of the --density largest
+    entries. ties: of these, the elected sign's mean. dare_linear, dare_ties: a random --density of the entries
+    instead, rescaled. knots: ties in coordinates that the adapters share.
+    """
+    from loratool import compute
+
+    _computed(compute.combine(*adapters, **options), json)
 
 
 @app.command("rank", short_help="Tell which rank is needed.")

@@ -1,16 +1,16 @@
-"""The public functions that compute adapters: extract, resize, add, subtract, rank. `loratool.api` has the others."""
+"""The public functions that compute adapters: extract, resize, add, combine, ...; `loratool.api` has the others."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool import __version__, formats
 from loratool.adapter import Adapter
-from loratool.api import AnyPath, Base, Reading, Source, _adapter, _flat, _model
+from loratool.api import AnyPath, Base, Reading, Source, adapter_of, flattened, model_of
 from loratool.errors import LoratoolError, UsageError
 from loratool.files import prepare_output, staged
 from loratool.formats.base import Format
@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ComputeReport:
-    """What was written; the fields of ``extract/resize/add/subtract --json``.
+    """What was written; the fields of ``extract/resize/add/subtract/combine --json``.
 
     ``relative_error`` is that of the whole adapter in the Frobenius norm, of what was written.
     """
@@ -43,6 +43,7 @@ class ComputeReport:
     inputs: Mapping[str, str]
     strengths: tuple[float, ...]
     warnings: tuple[str, ...]
+    details: Mapping[str, object] = field(default_factory=dict)
 
 
 def extract(
@@ -74,7 +75,7 @@ def extract(
     from loratool.ops.extract import extract as compute
 
     choice, reading, chosen = Choice(rank, energy, error, max_size), reading or Reading(), formats.by_name(to)
-    one, other = _model(base, reading), _model(tuned, reading)
+    one, other = model_of(base, reading), model_of(tuned, reading)
     path = prepare_output(out, overwrite, {"the base": one.path, "the tuned model": other.path})
     result = compute(
         one,
@@ -122,7 +123,7 @@ def resize(
     choice = Choice(rank, energy, error, max_size)
     source = _checked(adapter, reading)
     path = prepare_output(out, overwrite, _inputs([source]))
-    model = None if base is None else _model(base, reading or Reading())
+    model = None if base is None else model_of(base, reading or Reading())
     result = compute(source, choice, model, parse_dtype(dtype))
     chosen = formats.by_name(to or source.metadata.format)
     report = _write(result, path, chosen, "resize", _weights([source]), overwrite=overwrite, allow_loss=allow_loss)
@@ -145,7 +146,7 @@ def add(
     """Write the sum of strength x update: exact by concatenation, or the best of ``rank``."""
     from loratool.ops.add import add as compute
 
-    return _linear(compute, "add", _flat(adapters), out, strengths, rank, base, to, overwrite, allow_loss, reading)
+    return _linear(compute, "add", flattened(adapters), out, strengths, rank, base, to, overwrite, allow_loss, reading)
 
 
 def subtract(
@@ -162,7 +163,49 @@ def subtract(
     """Write the first adapter minus the others; the rules of `add`."""
     from loratool.ops.add import subtract as compute
 
-    return _linear(compute, "subtract", _flat(adapters), out, strengths, rank, base, to, overwrite, allow_loss, reading)
+    return _linear(
+        compute, "subtract", flattened(adapters), out, strengths, rank, base, to, overwrite, allow_loss, reading
+    )
+
+
+def combine(
+    *adapters: Source | Sequence[Source],
+    out: AnyPath,
+    method: str,
+    strengths: Sequence[float] | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    rank: int | None = None,
+    base: Base | None = None,
+    to: str | None = None,
+    overwrite: bool = False,
+    allow_loss: bool = False,
+    reading: Reading | None = None,
+) -> ComputeReport:
+    """Write the adapters combined by ``method``: linear, svd, ties, dare_linear, dare_ties, magnitude_prune, knots.
+
+    ``density`` (0.5 where none is given) is the share of entries kept by the methods that drop some, ``seed`` that of
+    dare; ``rank`` that of the result, else each module's largest. Raises UsageError, MatchError, NumericError.
+    """
+    from loratool.ops.combine import Recipe
+    from loratool.ops.combine import combine as compute
+
+    recipe = Recipe(method, density, seed, rank)
+    sources = [_checked(adapter, reading) for adapter in _flat(adapters)]
+    path = prepare_output(out, overwrite, _inputs(sources))
+    model = None if base is None else _model(base, reading or Reading())
+    result = compute(sources, recipe, strengths, model)
+    return _write(
+        result,
+        path,
+        formats.by_name(to or sources[0].metadata.format),
+        "combine",
+        _weights(sources),
+        tuple(strengths) if strengths else (1.0,) * len(sources),
+        details=recipe.details(),
+        overwrite=overwrite,
+        allow_loss=allow_loss,
+    )
 
 
 def rank(
@@ -184,8 +227,8 @@ def rank(
     if tuned is not None:
         if isinstance(source, Adapter):
             raise UsageError("two models, or one adapter")
-        return rank_models(_model(source, reading), _model(tuned, reading), choice, progress)
-    model = None if base is None else _model(base, reading)
+        return rank_models(model_of(source, reading), model_of(tuned, reading), choice, progress)
+    model = None if base is None else model_of(base, reading)
     return rank_adapter(_checked(source, reading), choice, model)
 
 
@@ -204,7 +247,7 @@ def _linear(
 ) -> ComputeReport:
     sources = [_checked(adapter, reading) for adapter in adapters]
     path = prepare_output(out, overwrite, _inputs(sources))
-    model = None if base is None else _model(base, reading or Reading())
+    model = None if base is None else model_of(base, reading or Reading())
     result = compute(sources, strengths, rank, model)
     chosen = formats.by_name(to or sources[0].metadata.format)
     given = tuple(strengths) if strengths else (1.0,) * len(sources)
@@ -213,7 +256,7 @@ def _linear(
 
 
 def _checked(source: Source, reading: Reading | None) -> Adapter:
-    adapter = _adapter(source, reading)
+    adapter = adapter_of(source, reading)
     require_scaling(adapter)
     return adapter
 
@@ -247,11 +290,12 @@ def _write(
     inputs: Mapping[str, Path],
     strengths: Sequence[float] = (),
     *,
+    details: Mapping[str, object] | None = None,
     overwrite: bool,
     allow_loss: bool,
 ) -> ComputeReport:
-    """Write a computed adapter, complete or not at all, and report it."""
-    more = {"strengths": list(strengths)} if strengths else {}
+    """Write a computed adapter, complete or not at all, and report it; ``details`` are of the operation."""
+    more = {**({"strengths": list(strengths)} if strengths else {}), **(details or {})}
     hashes = {name: sha256(path) for name, path in sorted(inputs.items())}
     adapter = with_provenance(result.adapter, operation, hashes, **more)
     losses = formats.check_losses(adapter, chosen, allow_loss)
@@ -274,4 +318,5 @@ def _write(
         inputs=hashes,
         strengths=tuple(strengths),
         warnings=result.warnings,
+        details=dict(details or {}),
     )

@@ -99,7 +99,8 @@ class Worker:
     def magnitude(self, values: Array) -> float:
         """An upper bound of the absolute values (the Euclidean norm); NaN or infinity where one is among them."""
         flat = values.reshape(-1)
-        return math.sqrt(float(np.dot(flat, flat)))
+        with np.errstate(over="ignore"):
+            return math.sqrt(float(np.dot(flat, flat)))
 
 
 class TorchWorker(Worker):

@@ -19,6 +19,9 @@ from loratool.tensors import Array
 from loratool.update import namespace
 
 EXACT_SIDE = 768  # below that, the eigenvalues of the small Gram matrix cost least and are exact
+_INDEPENDENT = 1e-2  # what a column must have of its own for the Gram matrix to be used: then 12 digits are right
+_TINY = 1e-140  # its square is still a normal number
+_ROUNDING = 1e-13  # differences of sums of squares below that share are rounding
 EXCESS = 1e-4  # relative excess over the best rank-r error at which the iteration may stop
 
 
@@ -50,12 +53,17 @@ class Truncation:
         return self.up * root[None, :], self.down * root[:, None]
 
 
+def missing(values: np.ndarray, energy: float) -> np.ndarray:
+    """What ranks 0, 1, ... leave of the energy, summed from the smallest: a small rest keeps its digits."""
+    tails = np.concatenate((np.cumsum(np.square(np.asarray(values, np.float64))[::-1])[::-1], [0.0]))
+    rest = energy - float(tails[0])
+    found: np.ndarray = tails + (rest if rest > _ROUNDING * energy else 0.0)
+    return found
+
+
 def relative_error(values: np.ndarray, energy: float, rank: int) -> float:
     """||D - D_rank|| / ||D|| from singular values and the energy of the whole."""
-    if energy <= 0:
-        return 0.0
-    kept = float(np.square(np.asarray(values[:rank], np.float64)).sum())
-    return math.sqrt(max(0.0, energy - kept) / energy)
+    return math.sqrt(missing(values, energy)[min(rank, len(values))] / energy) if energy > 0 else 0.0
 
 
 def as_like(values: np.ndarray, other: Array) -> Array:
@@ -75,17 +83,83 @@ def to_numpy(array: Array) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else np.asarray(array.detach().cpu().numpy())
 
 
-def recompress(up: Array, down: Array) -> Truncation:
-    """The exact SVD of up [o,r] @ down [r,i] without the product: QR of both factors, SVD of an r x r core.
+@dataclass(frozen=True)
+class Recompression:
+    """The whole SVD of a product of factors, float64, its singular vectors not formed before they are asked for.
+
+    They are ``outer_up [o,p] @ inner_up [p,k]`` and ``inner_down [k,q] @ outer_down [q,i]``. ``values`` has the zeros
+    of dependent factors as such.
+    """
+
+    outer_up: Array
+    inner_up: Array
+    values: np.ndarray
+    inner_down: Array
+    outer_down: Array
+    complete: bool = True
+
+    @property
+    def energy(self) -> float:
+        """||D||_F^2."""
+        return float(np.square(self.values).sum())
+
+    def error(self, rank: int) -> float:
+        """The relative Frobenius error of the best approximation of that rank; 0 for a zero matrix."""
+        return relative_error(self.values, self.energy, rank)
+
+    def cut(self, rank: int) -> Truncation:
+        """The best approximation of rank ``rank``."""
+        up, down = self.outer_up @ self.inner_up[:, :rank], self.inner_down[:rank] @ self.outer_down
+        return Truncation(up, self.values[:rank], down, self.energy)
+
+    def distance(self, up: np.ndarray, down: np.ndarray) -> float:
+        """||D - up @ down||_F^2 without the products and without cancellation.
+
+        up = U P + rest, down = Q V + rest: the four parts of the difference are orthogonal to each other.
+        """
+        inside_up = self.inner_up.T @ (self.outer_up.T @ up)  # P [k,r]
+        inside_down = (down @ self.outer_down.T) @ self.inner_down.T  # Q [r,k]
+        rest_up = up - self.outer_up @ (self.inner_up @ inside_up)
+        rest_down = down - (inside_down @ self.inner_down) @ self.outer_down
+        gram_up, gram_down = rest_up.T @ rest_up, rest_down @ rest_down.T
+        core = np.diag(self.values) - inside_up @ inside_down
+        sides = ((inside_up.T @ inside_up) * gram_down).sum() + (gram_up * (inside_down @ inside_down.T)).sum()
+        return float(np.square(core).sum() + sides + (gram_up * gram_down).sum())
+
+
+def recompress(up: Array, down: Array) -> Recompression:
+    """The exact SVD of up [o,r] @ down [r,i] without the product: triangles of both factors, SVD of an r x r core.
 
     In float64, so that rank-deficient, zero and tiny factors are right; ranks beyond min(o, i) are cut.
     """
-    xp = namespace(up)
-    left, small_left = xp.linalg.qr(wide(up))  # [o,p], [p,r]
-    right, small_right = xp.linalg.qr(wide(down).T)  # [i,q], [q,r]
-    inner_up, values, inner_down = xp.linalg.svd(small_left @ small_right.T, full_matrices=False)
-    found = to_numpy(values)
-    return Truncation(left @ inner_up, found, inner_down @ right.T, float(np.square(found).sum()), complete=True)
+    left, inner_left, small_left = _triangle(wide(up))
+    right, inner_right, small_right = _triangle(wide(down).T)
+    inner_up, found, inner_down = namespace(up).linalg.svd(small_left @ small_right.T, full_matrices=False)
+    values = to_numpy(found)
+    terms = to_numpy((small_left * small_left).sum(0)) ** 0.5 * to_numpy((small_right * small_right).sum(0)) ** 0.5
+    noise = 4 * len(terms) * np.finfo(np.float64).eps * float(terms.sum())  # of rounding, also where terms cancel
+    values = np.where(values > noise, values, 0.0)
+    return Recompression(left, inner_left @ inner_up, values, inner_down @ inner_right.T, right.T)
+
+
+def _triangle(factor: Array) -> tuple[Array, Array, Array]:
+    """(Q, C, R): factor [n,r] = Q C R with Q C orthonormal and R small.
+
+    From the Gram matrix (Q is then the factor itself), which is four times as fast, where its columns are well
+    independent; else by Householder QR, whose digits dependence does not cost.
+    """
+    xp = namespace(factor)
+    gram = factor.T @ factor
+    norms = xp.sqrt(gram.diagonal())
+    if factor.shape[0] >= factor.shape[1] and bool((norms > _TINY).all()) and bool(xp.isfinite(norms).all()):
+        try:
+            lower = xp.linalg.cholesky(gram / norms[:, None] / norms[None, :])
+        except (np.linalg.LinAlgError, RuntimeError):  # numpy's and torch's: not positive definite
+            lower = None
+        if lower is not None and float(lower.diagonal().min()) > _INDEPENDENT:
+            return factor, xp.linalg.inv(lower).T / norms[:, None], lower.T * norms[None, :]
+    basis, triangle = xp.linalg.qr(factor)
+    return basis, as_like(np.eye(len(triangle)), basis), triangle
 
 
 def exact_svd(matrix: Array) -> Truncation:
@@ -226,10 +300,7 @@ def adaptive_svd(matrix: Array, error: float, cap: int | None = None, seed: int 
 
 def rank_for_error(values: np.ndarray, energy: float, error: float) -> int:
     """The smallest rank whose relative error is at most ``error``; all there are where none suffices."""
-    if energy <= 0:
-        return 0
-    left = energy - np.concatenate(([0.0], np.cumsum(np.square(np.asarray(values, np.float64)))))
-    enough = np.nonzero(left <= error * error * energy * (1 + 1e-12))[0]
+    enough = np.nonzero(missing(values, energy) <= error * error * energy * (1 + 1e-12))[0]
     return int(enough[0]) if len(enough) else len(values)
 
 

@@ -91,9 +91,7 @@ def make_bert() -> Any:
 def make_t5() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        **TEXT, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
+    config = T5Config(**TEXT, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
     return T5ForConditionalGeneration(config)
 
 
@@ -381,9 +379,7 @@ PAIRS: tuple[tuple[str, str], ...] = tuple(
 )
 
 
-def adapter(
-    name: str, base: Path, folder: Path, kind: str = "plain", dtype: str = "float32", **changes: Any
-) -> Path:
+def adapter(name: str, base: Path, folder: Path, kind: str = "plain", dtype: str = "float32", **changes: Any) -> Path:
     """A PEFT adapter of `base` in `folder`, every trained tensor of it random; `changes` go to LoraConfig."""
     import torch
     from peft import LoraConfig, get_peft_model

@@ -68,8 +68,7 @@ def of_component(known: Architecture, component: str) -> dict[str, tuple[int, ..
     parameters = (name for name in known.checkpoint() if name.startswith(start))
     weights = {name: shapes[name.rpartition(".")[0]] for name in parameters}
     return {
-        name.removeprefix(start): shape if name.endswith(".weight") else shape[:1]
-        for name, shape in weights.items()
+        name.removeprefix(start): shape if name.endswith(".weight") else shape[:1] for name, shape in weights.items()
     }
 
 
@@ -211,9 +210,7 @@ def test_openclip_is_what_diffusers_converts_it_to(name: str, component: str, pr
         return (rows.T if slot.transposed else rows).tolist()
 
     assert all(slot.tensor.startswith(prefix) for slot in slots.values())
-    assert {key: taken(slot) for key, slot in slots.items()} == {
-        key: t.tolist() for key, t in converted.items()
-    }
+    assert {key: taken(slot) for key, slot in slots.items()} == {key: t.tolist() for key, t in converted.items()}
 
 
 def test_the_last_layer_of_the_openclip_of_2_is_no_ones() -> None:
@@ -532,9 +529,7 @@ def test_ldm_names_decide_for_xl_where_nothing_else_does() -> None:
 
 
 def test_1_may_be_numbered_as_diffusers_exports_it() -> None:
-    export = {
-        re.sub("^lora_te_", "lora_te1_", name): shape for name, shape in adapter(SD1, "", kohya).items()
-    }
+    export = {re.sub("^lora_te_", "lora_te1_", name): shape for name, shape in adapter(SD1, "", kohya).items()}
     assert identify(export) is SD1
     assert identify(adapter(SDXL, r"^text_encoder\.", kohya)) is SDXL
 
@@ -542,8 +537,7 @@ def test_1_may_be_numbered_as_diffusers_exports_it() -> None:
 def test_ldm_names_on_1_are_identified_by_blocks_that_only_1_has() -> None:
     slots = SD1.checkpoint()
     ldm = {
-        "lora_unet_"
-        + slots[f"{name}.weight"].tensor.split(".", 2)[2].removesuffix(".weight").replace(".", "_"): shape
+        "lora_unet_" + slots[f"{name}.weight"].tensor.split(".", 2)[2].removesuffix(".weight").replace(".", "_"): shape
         for name, shape in adapter(SD1, "^unet.*(attn1|resnets)").items()
     }
     assert "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q" in ldm
@@ -564,10 +558,7 @@ def test_other_families_are_not_identified() -> None:
 
 
 def test_models_of_other_widths_are_not_identified() -> None:
-    narrow = {
-        name: tuple(axis // 10 if axis > 3 else axis for axis in shape)
-        for name, shape in adapter(SD1).items()
-    }
+    narrow = {name: tuple(axis // 10 if axis > 3 else axis for axis in shape) for name, shape in adapter(SD1).items()}
     assert identify(narrow) is None
 
 

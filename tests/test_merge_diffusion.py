@@ -184,3 +184,26 @@ def test_a_second_merge_of_one_adapter_is_noticed(tmp_path: Path) -> None:
     assert any("merged into this base before" in warning for warning in again.warnings)
     other = models.FIXTURES / "adapters" / "diffusers.safetensors"
     assert not loratool.merge(tmp_path / "once", other, out=tmp_path / "other").warnings
+
+
+def test_two_whole_tensors_of_one_name_are_summed_against_the_base(tmp_path: Path) -> None:
+    """Never the last one taken: W + (V1 - W) + s (V2 - W); at strength 0 the base keeps its bytes, -0.0 too."""
+    weight = np.array([[1.0, -0.0], [2.0, 4.0]], np.float32)
+    write_safetensors(tmp_path / "base.safetensors", {"m.a.weight": Tensor.of(weight)}, {})
+    whole = [weight + 1, weight * 3]
+    for number, values in enumerate(whole):
+        pair = {"x.lora_A.weight": Tensor.of(np.ones((1, 2), np.float32)), "m.a.weight": Tensor.of(values)}
+        pair |= {"x.lora_B.weight": Tensor.of(np.ones((2, 1), np.float32))}
+        write_safetensors(tmp_path / f"{number}.safetensors", pair, {})
+    adapters = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    for strengths, expected in (
+        ((1.0, 0.5), whole[0] + 0.5 * (whole[1] - weight)),
+        ((0.5, 1.0), weight + 0.5 * (whole[0] - weight) + (whole[1] - weight)),
+        ((1.0, 1.0), whole[0] + whole[1] - weight),
+        ((0.0, 0.0), weight),
+    ):
+        options = {"strengths": strengths, "overwrite": True, "allow_unmatched": True}
+        loratool.merge(tmp_path / "base.safetensors", adapters, out=tmp_path / "out.safetensors", **options)
+        merged = read_safetensors(tmp_path / "out.safetensors").tensors["m.a.weight"].array()
+        np.testing.assert_array_equal(merged, expected.astype(np.float32))
+        assert any(strengths) or merged.tobytes() == weight.tobytes()

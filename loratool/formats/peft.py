@@ -365,6 +365,7 @@ def _component(adapter: Adapter) -> str:
 
 
 def plain_low_rank(update: Update) -> LowRank:
+    """The LoRA of an update that has one: its direction where it is a DoRA."""
     low = as_low_rank(update.direction if isinstance(update, DoRA) else update)
     assert low is not None  # losses() said so
     return low

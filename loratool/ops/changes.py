@@ -165,7 +165,8 @@ def _place_updates(changes: Changes, adapter: Adapter, strength: float, model: M
         rows = model.shape(slot.tensor)[0] // slot.parts
         start = slot.part * rows
         part = Part(found.update, strength, start, start + rows, adapter.spelling(found.target))
-        changes.parts.setdefault(slot.tensor, []).append(part)
+        if strength:  # at strength 0 the base keeps its very bytes
+            changes.parts.setdefault(slot.tensor, []).append(part)
         changes.modules += not is_bias(found.target)
 
 
@@ -175,10 +176,11 @@ def _place_carried(changes: Changes, adapter: Adapter, strength: float, model: M
     for name, tensor in adapter.carried.items():
         hit = names.find(name)
         if isinstance(hit, Unmatched):
-            if has_number(name.split(".")) or name.startswith("bundle_emb."):
+            if has_number(name.split(".")) or name.startswith("bundle_emb.") or any(w.prefix for w in model.weights):
                 changes.unmatched.append(Unmatched(adapter.spelling(name), hit.why))
             else:
                 _agree(changes.added, name, tensor)
+                changes.warnings.append(f"new in the output, the base has no such tensor: {adapter.spelling(name)}")
             continue
         slot = model.places[hit[0]]
         own = _own(adapter, name)
@@ -197,14 +199,24 @@ def _replace(changes: Changes, slot: Slot, tensor: Tensor, strength: float, modu
         raise MatchError(
             f"a whole tensor of shape {list(tensor.shape)} for {list(shape)}", f"{module} -> {slot.tensor}"
         )
-    if slot.parts == 1 and strength == 1.0 and slot.tensor not in changes.replaced:
+    if strength == 0:
+        return
+    earlier = changes.replaced.get(slot.tensor)
+    if earlier is not None and earlier.same_bytes(tensor):
+        return
+    others = changes.parts.get(slot.tensor, [])
+    alone = earlier is None and not any(isinstance(part.update, Replace) for part in others)
+    if slot.parts == 1 and strength == 1.0 and alone:
         changes.replaced[slot.tensor] = tensor.reshape(*stored) if same else tensor
         return
-    if slot.tensor in changes.replaced and changes.replaced[slot.tensor].same_bytes(tensor):
-        return
+    parts = changes.parts.setdefault(slot.tensor, [])
+    if earlier is not None:  # two of one tensor: W + (V1 - W) + s (V2 - W), both against the base
+        if not same or trimmed(earlier.shape) != trimmed(shape):
+            raise MatchError("two adapters carry different tensors of one name", module, "merge one after the other")
+        del changes.replaced[slot.tensor]
+        parts.append(Part(Replace(earlier), 1.0, 0, stored[0], module))
     start = slot.part * shape[0]
-    part = Part(Replace(tensor), strength, start, start + shape[0], module)
-    changes.parts.setdefault(slot.tensor, []).append(part)
+    parts.append(Part(Replace(tensor), strength, start, start + shape[0], module))
 
 
 def _agree(table: dict[str, Tensor], name: str, tensor: Tensor) -> None:

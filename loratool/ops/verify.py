@@ -64,7 +64,7 @@ class _Comparer:
 
 
 def ulps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The distance of two arrays of one dtype in units of the last place (integers: their difference)."""
+    """The distance of two arrays of one dtype in units of the last place (integers: of their bit patterns)."""
     width = one.dtype.itemsize
     a, b = (x.reshape(-1).view(f"u{width}").astype(object if width == 8 else np.int64) for x in (one, other))
     if one.dtype.kind in "fV" or one.dtype.name.startswith(("bfloat", "float")):
