@@ -137,7 +137,12 @@ def _ranks(command: Command) -> Command:
 
 def _linear(command: Command) -> Command:
     """What add, subtract and combine have in common."""
-    rank = click.option("--rank", type=int, metavar="N", help="The best of this rank.")
+    rank = click.option(
+        "--rank",
+        type=int,
+        metavar="N",
+        help="The best of this rank.  [default: exact sum; of other methods, each module's largest]",
+    )
     loss = _flag("--allow-loss", help="Write what the format can say; list the rest.")
     strength = click.option(
         "--strength", "-s", "strengths", type=float, metavar="S", multiple=True, help="One for each."
@@ -422,6 +427,8 @@ def combine_command(adapters: Sequence[str], json: bool, **options: Any) -> None
 @click.argument("tuned", required=False)
 @_ranks
 @_base_option
+@click.option("--plot", metavar="FILE", help="Draw it: FILE.png, FILE.svg or FILE.html (extra: plot).")
+@_flag("--overwrite", help="Replace FILE where it exists.")
 @_json
 @_reads
 @_common

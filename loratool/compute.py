@@ -7,17 +7,24 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
 
 from loratool import __version__, formats
 from loratool.adapter import Adapter
-from loratool.api import AnyPath, Base, Reading, Source, adapter_of, flattened, model_of
+from loratool.api import AnyPath, Base, Reading, Source, flattened, model_of, read
 from loratool.errors import LoratoolError, UsageError
 from loratool.files import prepare_output, staged
 from loratool.formats.base import Format
 from loratool.hashes import sha256
-from loratool.ops.convert import parse_dtype, require_scaling, with_provenance
+from loratool.model import Model
+from loratool.ops.changes import Changes, check_values
+from loratool.ops.convert import parse_dtype, with_provenance
 from loratool.ops.rank import RankReport, rank_adapter, rank_models
 from loratool.ops.spectral import Choice, ModuleResult, Result
+from loratool.plots import plot_ranks, prepare_plot
 
 Progress = Callable[[int, int], None]
 
@@ -88,15 +95,12 @@ def extract(
         seed=seed,
         progress=progress,
     )
-    if one.architecture is not None or any(
-        name.startswith(("unet.", "transformer.")) for name in result.adapter.updates
-    ):
-        result = Result(
-            result.adapter.with_metadata(format="diffusers"), result.modules, result.relative_error, result.warnings
-        )
     inputs = {f"base/{w.name}": w.file.path for w in one.weights}
     inputs |= {f"tuned/{w.name}": w.file.path for w in other.weights}
-    return _write(result, path, chosen, "extract", inputs, overwrite=overwrite, allow_loss=allow_loss)
+    details = {"needed": result.needed}
+    return _write(
+        result, path, chosen, "extract", inputs, details=details, overwrite=overwrite, allow_loss=allow_loss
+    )
 
 
 def resize(
@@ -121,15 +125,15 @@ def resize(
     from loratool.ops.resize import resize as compute
 
     choice = Choice(rank, energy, error, max_size)
-    source = _checked(adapter, reading)
-    path = prepare_output(out, overwrite, _inputs([source]))
+    stored = parse_dtype(dtype)
     model = None if base is None else model_of(base, reading or Reading())
-    result = compute(source, choice, model, parse_dtype(dtype))
+    source = _checked(adapter, reading, model)
+    path = prepare_output(out, overwrite, _inputs([source], model))
     chosen = formats.by_name(to or source.metadata.format)
-    report = _write(result, path, chosen, "resize", _weights([source]), overwrite=overwrite, allow_loss=allow_loss)
-    if max_size is not None and report.bytes > max_size:
-        raise LoratoolError(f"the file has {report.bytes:,} bytes, more than asked for", path)
-    return report
+    inputs = _weights([source], model)
+    hashes = _hashed(inputs) if max_size is not None else {}
+    result = compute(source, choice, model, stored, lambda made: _size(with_provenance(made, "resize", hashes), chosen))
+    return _write(result, path, chosen, "resize", inputs, overwrite=overwrite, allow_loss=allow_loss)
 
 
 def add(
@@ -191,9 +195,9 @@ def combine(
     from loratool.ops.combine import combine as compute
 
     recipe = Recipe(method, density, seed, rank)
-    sources = [_checked(adapter, reading) for adapter in _flat(adapters)]
+    sources = [_checked(adapter, reading) for adapter in flattened(adapters)]
     path = prepare_output(out, overwrite, _inputs(sources))
-    model = None if base is None else _model(base, reading or Reading())
+    model = None if base is None else model_of(base, reading or Reading())
     result = compute(sources, recipe, strengths, model)
     return _write(
         result,
@@ -219,17 +223,28 @@ def rank(
     base: Base | None = None,
     reading: Reading | None = None,
     progress: Progress | None = None,
+    plot: AnyPath | None = None,
+    overwrite: bool = False,
 ) -> RankReport:
-    """The spectrum of every update of an adapter, or of ``tuned`` - ``source`` for two models; a proposed rank each."""
+    """The spectrum of every update of an adapter, or of ``tuned`` - ``source`` for two models; a proposed rank each.
+
+    ``plot`` draws it into a file (.png, .svg, .html) with the extra ``plot``; that the file can be written is checked
+    first.
+    """
     reading = reading or Reading()
     asked = (rank, energy, error, max_size) != (None, None, None, None)
     choice = Choice(rank, energy, error, max_size) if asked else None
+    picture = None if plot is None else prepare_plot(plot, overwrite)
     if tuned is not None:
         if isinstance(source, Adapter):
             raise UsageError("two models, or one adapter")
-        return rank_models(model_of(source, reading), model_of(tuned, reading), choice, progress)
-    model = None if base is None else model_of(base, reading)
-    return rank_adapter(_checked(source, reading), choice, model)
+        report = rank_models(model_of(source, reading), model_of(tuned, reading), choice, progress)
+    else:
+        model = None if base is None else model_of(base, reading)
+        report = rank_adapter(_checked(source, reading), choice, model)
+    if picture is not None:
+        plot_ranks(report, picture, overwrite)
+    return report
 
 
 def _linear(
@@ -245,38 +260,58 @@ def _linear(
     allow_loss: bool,
     reading: Reading | None,
 ) -> ComputeReport:
-    sources = [_checked(adapter, reading) for adapter in adapters]
-    path = prepare_output(out, overwrite, _inputs(sources))
     model = None if base is None else model_of(base, reading or Reading())
-    result = compute(sources, strengths, rank, model)
+    sources = [_checked(adapter, reading, model) for adapter in adapters]
+    path = prepare_output(out, overwrite, _inputs(sources, model))
     chosen = formats.by_name(to or sources[0].metadata.format)
+    result = compute(sources, strengths, rank, model)
     given = tuple(strengths) if strengths else (1.0,) * len(sources)
-    inputs = _weights(sources)
+    inputs = _weights(sources, model)
     return _write(result, path, chosen, operation, inputs, given, overwrite=overwrite, allow_loss=allow_loss)
 
 
-def _checked(source: Source, reading: Reading | None) -> Adapter:
-    adapter = adapter_of(source, reading)
-    require_scaling(adapter)
+def _checked(source: Source, reading: Reading | None, model: Model | None = None) -> Adapter:
+    """An adapter whose values are sound. Raises FormatError for an unknown scaling, NumericError for NaN."""
+    adapter = source if isinstance(source, Adapter) else read(source, base=model, reading=reading)
+    check_values(adapter, Changes())
     return adapter
 
 
-def _inputs(adapters: Sequence[Adapter]) -> dict[str, Path]:
+def _inputs(adapters: Sequence[Adapter], model: Model | None = None) -> dict[str, Path]:
     """What the output may not overwrite."""
-    return {f"adapter {n}": a.metadata.path for n, a in enumerate(adapters, 1) if a.metadata.path}
+    found = {f"adapter {n}": a.metadata.path for n, a in enumerate(adapters, 1) if a.metadata.path}
+    return found if model is None else {**found, "the base": model.path}
 
 
-def _weights(adapters: Sequence[Adapter]) -> dict[str, Path]:
-    return {f"adapter{n}/{p.name}": p for n, a in enumerate(adapters, 1) for p in a.metadata.weights}
+def _weights(adapters: Sequence[Adapter], model: Model | None = None) -> dict[str, Path]:
+    found = {f"adapter{n}/{p.name}": p for n, a in enumerate(adapters, 1) for p in a.metadata.weights}
+    return found | {f"base/{w.name}": w.file.path for w in (model.weights if model else ())}
 
 
-def _to(device: str) -> Callable[..., object]:
-    """What moves a matrix to the device."""
-    if device in ("auto", "cpu"):
-        return lambda values: values
+def _hashed(inputs: Mapping[str, Path]) -> dict[str, str]:
+    return {name: sha256(path) for name, path in sorted(inputs.items())}
+
+
+def _size(adapter: Adapter, chosen: Format) -> int:
+    """Bytes of the weights file that ``chosen`` writes: measured, since every format has its own names."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "adapter")
+        chosen.write(adapter, path)
+        return _weights_file(path).stat().st_size
+
+
+def _weights_file(path: Path) -> Path:
+    return path / "adapter_model.safetensors" if path.is_dir() else path
+
+
+def _to(device: str) -> Callable[[np.ndarray], Any] | None:
+    """What moves a matrix to the device; None for the processor. Raises UsageError, LoratoolError."""
     from loratool.devices import choose
 
-    choose(device, {})
+    if choose(device, {}).name.startswith("cpu"):
+        return None
+    if device == "mps":
+        raise LoratoolError("this device has no float64, which singular values need", device, "use --device cpu")
     import torch
 
     return lambda values: torch.from_numpy(values).to(device)
@@ -296,19 +331,19 @@ def _write(
 ) -> ComputeReport:
     """Write a computed adapter, complete or not at all, and report it; ``details`` are of the operation."""
     more = {**({"strengths": list(strengths)} if strengths else {}), **(details or {})}
-    hashes = {name: sha256(path) for name, path in sorted(inputs.items())}
+    hashes = _hashed(inputs)
     adapter = with_provenance(result.adapter, operation, hashes, **more)
     losses = formats.check_losses(adapter, chosen, allow_loss)
     with staged(path, overwrite) as temporary:
         chosen.write(adapter, temporary)
-    weights = path / "adapter_model.safetensors" if path.is_dir() else path
+    ranks = Counter(update.rank for update in adapter.modules().values() if update.rank is not None)
     tensors = [t for u in adapter.updates.values() for t in u.slots.values()]
     return ComputeReport(
         output=os.fspath(path),
         format=chosen.name,
-        ranks=dict(sorted(Counter(str(u.rank) for u in adapter.modules().values()).items(), key=lambda p: len(p[0]))),
+        ranks={str(rank): ranks[rank] for rank in sorted(ranks)},
         parameters=sum(t.size for t in (*tensors, *adapter.carried.values())),
-        bytes=weights.stat().st_size,
+        bytes=_weights_file(path).stat().st_size,
         relative_error=result.relative_error,
         modules=result.modules,
         carried=tuple(adapter.carried),

@@ -83,29 +83,33 @@ def to_numpy(array: Array) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else np.asarray(array.detach().cpu().numpy())
 
 
-@dataclass(frozen=True)
-class Recompression:
-    """The whole SVD of a product of factors, float64, its singular vectors not formed before they are asked for.
+class Recompression(Truncation):
+    """The whole SVD of a product of factors in float64; its singular vectors are formed when they are asked for.
 
-    They are ``outer_up [o,p] @ inner_up [p,k]`` and ``inner_down [k,q] @ outer_down [q,i]``. ``values`` has the zeros
-    of dependent factors as such.
+    They are ``outer_up [o,p] @ inner_up [p,k]`` and ``inner_down [k,q] @ outer_down [q,i]``. Dependent factors show as
+    values that are zero.
     """
+
+    def __init__(self, up: tuple[Array, Array], values: np.ndarray, down: tuple[Array, Array]) -> None:
+        given = {"values": values, "energy": float(np.square(values).sum()), "complete": True}
+        given |= {"outer_up": up[0], "inner_up": up[1], "inner_down": down[0], "outer_down": down[1]}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
 
     outer_up: Array
     inner_up: Array
-    values: np.ndarray
     inner_down: Array
     outer_down: Array
-    complete: bool = True
 
     @property
-    def energy(self) -> float:
-        """||D||_F^2."""
-        return float(np.square(self.values).sum())
+    def up(self) -> Array:
+        """The left singular vectors [o,k]."""
+        return self.outer_up @ self.inner_up
 
-    def error(self, rank: int) -> float:
-        """The relative Frobenius error of the best approximation of that rank; 0 for a zero matrix."""
-        return relative_error(self.values, self.energy, rank)
+    @property
+    def down(self) -> Array:
+        """The right singular vectors [k,i]."""
+        return self.inner_down @ self.outer_down
 
     def cut(self, rank: int) -> Truncation:
         """The best approximation of rank ``rank``."""
@@ -139,7 +143,7 @@ def recompress(up: Array, down: Array) -> Recompression:
     terms = to_numpy((small_left * small_left).sum(0)) ** 0.5 * to_numpy((small_right * small_right).sum(0)) ** 0.5
     noise = 4 * len(terms) * np.finfo(np.float64).eps * float(terms.sum())  # of rounding, also where terms cancel
     values = np.where(values > noise, values, 0.0)
-    return Recompression(left, inner_left @ inner_up, values, inner_down @ inner_right.T, right.T)
+    return Recompression((left, inner_left @ inner_up), values, (inner_down @ inner_right.T, right.T))
 
 
 def _triangle(factor: Array) -> tuple[Array, Array, Array]:
@@ -199,21 +203,25 @@ def truncated_svd(matrix: Array, rank: int, seed: int = 0, most: int = 8) -> Tru
     while krylov.steps < most and krylov.room:
         krylov.grow()
         captured.append(krylov.captured(rank))
-        if _settled(captured, krylov.energy):
+        if _settled(captured, krylov.left(rank), krylov.energy):
             return krylov.truncation(rank)
     return exact_svd(matrix).cut(rank)
 
 
-def _settled(captured: Sequence[float], energy: float) -> bool:
-    """Whether the steps to come can add no more than the excess allows, judged by how the last ones shrank."""
-    if len(captured) < 3:
+def _settled(captured: Sequence[float], left: float, energy: float) -> bool:
+    """Whether the steps to come can add no more than the excess allows, judged by how the last ones shrank.
+
+    The first step finds what stands out, so that only later ones tell how fast the rest comes in.
+    """
+    if left <= 1e-12 * energy:  # nothing that float32 can see
+        return True
+    if len(captured) < 4:
         return False
     last, before = captured[-1] - captured[-2], captured[-2] - captured[-3]
-    ratio = min(0.9, max(last / before, 0.0)) if before > 0 else 0.9
+    ratio = min(0.9, max(last / before, 0.5)) if before > 0 else 0.9
     to_come = max(last, 0.0) * ratio / (1 - ratio)
-    left = max(energy - captured[-1], 0.0)
-    # error^2 may exceed the optimum's by (1 + EXCESS)^2 - 1 = 2 EXCESS of it; float32 sums limit what can be seen
-    return bool(to_come <= 2 * EXCESS * left or left <= 1e-10 * energy)
+    # error^2 may exceed the optimum's by (1 + EXCESS)^2 - 1 = 2 EXCESS of it
+    return bool(to_come <= 2 * EXCESS * left)
 
 
 class Krylov:
@@ -222,7 +230,7 @@ class Krylov:
     def __init__(self, matrix: Array, block: int, seed: int) -> None:
         self.matrix = matrix
         self.block = min(block, min(matrix.shape))
-        self.energy = float((wide(matrix) ** 2).sum()) if matrix.size < 1 << 22 else _energy(matrix)
+        self.energy = _energy(matrix)
         start = np.random.default_rng(seed).standard_normal((matrix.shape[1], self.block), dtype=np.float32)
         self.basis = namespace(matrix).linalg.qr(matrix @ as_like(start, matrix))[0]  # [o,b]
         self.image = self.basis.T @ matrix  # [b,i]
@@ -235,10 +243,10 @@ class Krylov:
         return bool(self.basis.shape[1] + self.block <= min(self.matrix.shape))
 
     def grow(self) -> None:
-        """Add one block: D (D^T last), orthogonalised twice against the basis."""
+        """Add one block: D (D^T last), orthogonalised against the basis: thrice, where hardly anything is new."""
         xp = namespace(self.matrix)
         new = self.matrix @ self.image[-self.block :].T  # [o,b]
-        for _ in range(2):
+        for _ in range(3):
             new = new - self.basis @ (self.basis.T @ new)
             new = xp.linalg.qr(new)[0]
         self.basis = xp.concatenate((self.basis, new), 1)
@@ -263,13 +271,31 @@ class Krylov:
         """The energy of the best rank-``rank`` approximation within the basis."""
         return float(np.square(self.values[:rank]).sum())
 
+    def left(self, rank: int) -> float:
+        """The energy that the best rank-``rank`` approximation within the basis misses.
+
+        Where that is next to nothing, rounding of the captured energy would hide it: it is measured.
+        """
+        whole = float(np.square(self.values).sum())
+        missed = self.energy - whole
+        if missed < 1e-5 * self.energy:
+            missed = self._missed()
+        return missed + float(np.square(self.values[rank:]).sum())
+
+    def _missed(self) -> float:
+        """||D - Q Q^T D||^2, a few rows at a time."""
+        step = max(1, (1 << 22) // self.matrix.shape[1])
+        spans = range(0, self.matrix.shape[0], step)
+        rows = (self.matrix[n : n + step] - self.basis[n : n + step] @ self.image for n in spans)
+        return sum(float((wide(block) ** 2).sum()) for block in rows)
+
     def truncation(self, rank: int) -> Truncation:
-        """The best rank-``rank`` approximation within the basis."""
+        """The best rank-``rank`` approximation within the basis; its energy agrees with what is `left`."""
         values, vectors = self._eigen()
         inner = as_like(vectors[:, :rank], self.basis)
         kept = values[:rank]
         down = (inner.T @ self.image) / as_like(np.where(kept > 0, kept, 1.0), self.basis)[:, None]
-        return Truncation(self.basis @ inner, kept, down, self.energy)
+        return Truncation(self.basis @ inner, kept, down, self.captured(rank) + self.left(rank))
 
 
 def _energy(matrix: Array) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -247,8 +248,33 @@ def show_computed(report: ComputeReport) -> None:
     if any(m.relative_error > 1e-6 for m in report.modules):
         print()
         worst = sorted(report.modules, key=lambda m: -m.relative_error)
-        rows = [(m.module, str(m.rank), f"{m.relative_error:.3g}", f"{m.energy:.2%}") for m in worst]
-        table(("module", "rank", "error", "energy"), rows)
+        shares = list(dict.fromkeys(share for m in worst for share in getattr(m, "needed", ())))
+        names = fitted([m.module for m in worst], 30 + 6 * len(shares))
+        rows = [
+            (name, str(m.rank), f"{m.relative_error:.3g}", f"{m.energy:.2%}", *_needed(m, shares))
+            for name, m in zip(names, worst, strict=True)
+        ]
+        if shares:
+            whole = (f"{report.relative_error:.3g}", f"{1 - report.relative_error**2:.2%}")
+            rows.append(("all", "", *whole, *_ranks(report.details.get("needed", {}), shares, "")))
+        table(("module", "rank", "error", "energy", *shares), rows)
+        if shares:
+            print(f"\n  {', '.join(shares)}: the rank that keeps so much of the energy, where it is known")
+
+
+def _needed(module: Any, shares: Sequence[str]) -> list[str]:
+    """The ranks that an extracted module needs; ``>16`` where it is more than what was computed."""
+    return _ranks(getattr(module, "needed", {}), shares, f">{module.rank}")
+
+
+def _ranks(needed: Any, shares: Sequence[str], unknown: str) -> list[str]:
+    return [unknown if needed.get(share) is None else str(needed[share]) for share in shares]
+
+
+def fitted(names: Sequence[str], others: int) -> list[str]:
+    """Names without their beginnings where a terminal has no room for them beside ``others`` columns."""
+    room = max(16, shutil.get_terminal_size().columns - others - 2) if sys.stdout.isatty() else 1 << 30
+    return [name if len(name) <= room else "…" + name[1 - room :] for name in names]
 
 
 _SHARES = (0.90, 0.95, 0.99)
@@ -256,12 +282,17 @@ _SHARES = (0.90, 0.95, 0.99)
 
 def show_ranks(report: RankReport) -> None:
     """The spectrum of each module as bars, the ranks that keep 90, 95 and 99 percent, and the proposal."""
-    rows = []
-    for m in report.modules:
-        needed = [
-            str(1 + next((n for n, e in enumerate(m.energy) if e >= share), len(m.energy) - 1)) for share in _SHARES
-        ]
-        rows.append((m.module, spark(m.singular_values), f"{m.stable_rank:.1f}", *needed, str(m.proposed_rank)))
+    names = fitted([m.module for m in report.modules], 58)
+    rows = [
+        (
+            name,
+            spark(m.singular_values),
+            f"{m.stable_rank:.1f}",
+            *(str(m.needed(share)) for share in _SHARES),
+            str(m.proposed_rank),
+        )
+        for name, m in zip(names, report.modules, strict=True)
+    ]
     table(("module", "spectrum", "stable", *(f"{share:.0%}" for share in _SHARES), "proposed"), rows)
     print()
     proposed = f"{report.proposed_parameters:,} parameters, error {report.relative_error:.3g} of the whole"
@@ -269,8 +300,9 @@ def show_ranks(report: RankReport) -> None:
 
 
 def spark(values: Sequence[float], width: int = 16) -> str:
-    """Descending values as a line of bars, relative to the first."""
+    """Descending values as a line of bars, relative to the first; of many, those at ranks that grow by a factor."""
     if not values or values[0] <= 0:
         return ""
-    picked = [values[n * len(values) // width] for n in range(width)] if len(values) > width else list(values)
+    steps = (round(len(values) ** (n / (width - 1))) - 1 for n in range(width))
+    picked = [values[n] for n in steps] if len(values) > width else list(values)
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value / values[0]))] for value in picked)

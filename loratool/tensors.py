@@ -167,6 +167,10 @@ class Tensor:
             lambda start, stop: np.ascontiguousarray(self.array()[:, start:stop].T),
         )
 
+    def slice(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first axis."""
+        return Tensor(self.dtype, (stop - start, *self.shape[1:]), lambda a, b: self.load(start + a, start + b))
+
     def reshape(self, *shape: int) -> Tensor:
         """The same values under another shape of as many elements."""
         if math.prod(shape) != self.size:

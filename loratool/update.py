@@ -237,17 +237,37 @@ class Dense(Additive):
         by = self.scaling * strength
 
         def delta(start: int, stop: int, base: Array | None) -> Array:
-            rows = Tensor(
-                self.value.dtype,
-                (stop - start, *self.value.shape[1:]),
-                lambda a, b: self.value.load(start + a, start + b),
-            )
-            return load(rows).reshape(stop - start, -1) * by
+            return load(self.value.slice(start, stop)).reshape(stop - start, -1) * by
 
         return Prepared(delta)
 
     def scaled(self, by: float) -> Dense:
         return replace(self, scaling=self.scaling * by)
+
+
+@dataclass(frozen=True)
+class Replace(Update):
+    """A weight trained whole: W' = value."""
+
+    value: Tensor
+
+    @property
+    def kind(self) -> str:
+        return "full"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {"value": self.value}
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        def delta(start: int, stop: int, base: Array | None) -> Array:
+            return (load(self.value.slice(start, stop)).reshape(stop - start, -1) - base) * strength
+
+        return Prepared(delta)
 
 
 @dataclass(frozen=True)

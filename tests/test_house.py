@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("names",),
     ("formats/*", "ops/*"),
     ("api",),
+    ("plots",),
     ("compute",),
     ("show",),
     ("cli",),

@@ -10,16 +10,18 @@ import numpy as np
 
 from loratool.adapter import Adapter, is_bias, parameter
 from loratool.architectures import Slot
-from loratool.errors import MatchError, UsageError
+from loratool.errors import MatchError, NumericError, UsageError
 from loratool.linalg import recompress
 from loratool.model import Model
-from loratool.names import Names, Unmatched
-from loratool.ops.resize import dense_piece, same_shape
-from loratool.ops.spectral import Piece, Result, factor_error, fresh_metadata, summarise
-from loratool.tensors import Tensor
-from loratool.update import Additive, Dense, LowRank, Update, as_low_rank
+from loratool.names import Names, Unmatched, module_of
+from loratool.ops.compare import Placed, blocks, norm, placed
+from loratool.ops.resize import Squares, dense_squares, dense_svd, each, factors_of, is_matrix, padded
+from loratool.ops.spectral import Choice, Piece, Result, fresh_metadata, stored, summarise, wide_factors
+from loratool.tensors import DTYPES, Tensor
+from loratool.update import Additive, Dense, DoRA, Layer, LowRank, Update, as_low_rank, trimmed
 
-_DEPENDENT = 1e-13  # singular values below that share of the largest are rounding of dependent factors
+_NOISE = 1e-7  # singular values of a float32 matrix below that share of the largest are rounding
+Term = tuple[float, Placed]  # strength, and the update in its place
 
 
 def add(
@@ -30,33 +32,31 @@ def add(
 ) -> Result:
     """The sum of strength x update over ``adapters``, module by module.
 
-    Exact: the factors are stacked, with their own ranks and scalings; where the stacked factors are dependent they are
-    compacted without loss, and a module whose sum is zero is left out. With ``rank`` the best of that rank. Raises
-    MatchError where shapes differ, for whole tensors that cannot be summed, and for kinds that need the base without
-    ``model``; UsageError for a wrong count of strengths.
+    Exact: the factors are stacked, with their own ranks and scalings, in float32 where the stored dtype cannot say it;
+    where stacked factors are dependent they are compacted without loss, and a module whose sum is zero is left out.
+    With ``rank`` the best of that rank. Raises UsageError for a wrong count of strengths; MatchError where shapes
+    differ, for whole tensors that cannot be summed, and for kinds that need the base without ``model``.
     """
     given = tuple(strengths) if strengths else (1.0,) * len(adapters)
     if len(given) != len(adapters) or not adapters:
         raise UsageError(f"{len(given)} strengths for {len(adapters)} adapters", hint="one for each, or none")
-    if rank is not None and rank < 1:
-        raise UsageError("the rank must be at least 1", str(rank))
-    terms: dict[str, list[tuple[Update, float]]] = {}
-    for adapter, strength in zip(adapters, given, strict=True):
-        names = Names({parameter(n): Slot(n) for n in terms})
-        for name, update in adapter.updates.items():
-            hit = names.find(parameter(name))
-            target = name if isinstance(hit, Unmatched) else names.places[hit[0]].tensor
-            terms.setdefault(target, []).append((update, strength))
-    updates: dict[str, Update] = {}
-    squares: dict[str, tuple[float, float]] = {}
-    for name, parts in terms.items():
-        made, lost = _sum(name, parts, rank, model)
-        squares[name] = lost
-        if made is not None:
-            updates[name] = made
-    first = adapters[0]
-    whole = replace(first, updates=updates, carried=_carried(adapters, given))
-    return summarise(fresh_metadata(whole), squares)
+    if not all(map(math.isfinite, given)):
+        raise UsageError("a strength is not a finite number")
+    choice = Choice(rank or None) if rank is not None else None
+    terms = _terms(adapters, given, model)
+
+    def one(name: str) -> tuple[Update | None, Squares]:
+        try:
+            return _sum(terms[name], choice, is_bias(name))
+        except NumericError as error:
+            raise NumericError(error.what, name, error.hint) from None
+
+    made = dict(zip(terms, each(one, terms), strict=True))
+    updates = {name: update for name, (update, _) in made.items() if update is not None}
+    spellings = {k: v for adapter in reversed(adapters) for k, v in adapter.spellings.items()}
+    carried = _carried(adapters, given, updates, model)
+    whole = replace(adapters[0], updates=updates, carried=carried, spellings=spellings)
+    return summarise(fresh_metadata(whole), {n: squares for n, (_, squares) in made.items() if not is_bias(n)})
 
 
 def subtract(
@@ -67,126 +67,182 @@ def subtract(
 ) -> Result:
     """The first adapter minus the others; the rules of `add`."""
     given = tuple(strengths) if strengths else (1.0,) * len(adapters)
-    if len(given) != len(adapters):
-        raise UsageError(f"{len(given)} strengths for {len(adapters)} adapters", hint="one for each, or none")
+    if len(adapters) < 2:
+        raise UsageError("nothing to subtract", hint="give two adapters or more")
     return add(adapters, (given[0], *(-s for s in given[1:])), rank, model)
 
 
-def _sum(
-    name: str, parts: Sequence[tuple[Update, float]], rank: int | None, model: Model | None
-) -> tuple[Update | None, tuple[float, float]]:
+def _terms(adapters: Sequence[Adapter], strengths: Sequence[float], model: Model | None) -> dict[str, list[Term]]:
+    """What is to be summed for each target. Raises MatchError where it does not add up."""
+    terms: dict[str, list[Term]] = {}
+    for adapter, strength in zip(adapters, strengths, strict=True):
+        names = Names({parameter(n): Slot(n) for n in terms})
+        for name, update in adapter.updates.items():
+            hit = names.find(parameter(name))
+            target = name if isinstance(hit, Unmatched) else names.places[hit[0]].tensor
+            there = terms.setdefault(target, [])
+            one, base = placed(name, update, model)
+            if there and isinstance(one, (LowRank, DoRA)) and one.layer != "embedding":
+                like = getattr(there[0][1][0], "layer", one.layer)  # how the base stores it, a file can only guess
+                one = one.oriented(like) if like != "embedding" else one
+            if there and trimmed(one.shape) != trimmed(there[0][1][0].shape):
+                shapes = f"{list(there[0][1][0].shape)} and {list(one.shape)}"
+                raise MatchError(f"shapes differ: {shapes}", adapter.spelling(name), "are they for the same base?")
+            there.append((strength, (one, base)))
+    return terms
+
+
+def _sum(terms: Sequence[Term], choice: Choice | None, bias: bool) -> tuple[Update | None, Squares]:
     """The summed update of one target, None where it is zero; squared norms of the error and of the whole."""
-    for update, _ in parts[1:]:
-        same_shape(parts[0][0], update, name)
-    if len(parts) == 1 and parts[0][1] == 1.0 and rank is None:
-        return parts[0][0], (0.0, 1.0)
-    lows = [as_low_rank(update) for update, _ in parts]
-    if is_bias(name) or len(parts[0][0].shape) < 2:
-        return _dense_sum(parts), (0.0, 1.0)
-    if any(low is None for low in lows):
-        if rank is None and all(isinstance(update, Additive) for update, _ in parts):
-            return _dense_sum(parts), (0.0, 1.0)
-        return _best(name, parts, rank, model)
-    return _low_rank_sum([(low, s) for low, (_, s) in zip(lows, parts, strict=True) if low is not None], rank)
+    first = terms[0][1][0]
+    terms = [term for term in terms if term[0] != 0]
+    if not terms:
+        return None, (0.0, 0.0)
+    matrix = not bias and is_matrix(first)
+    updates = [(strength, update) for strength, (update, _) in terms]
+    if len(terms) == 1 and not (choice and matrix) and isinstance(only := terms[0][1][0], Additive):
+        made = only if terms[0][0] == 1.0 else _scaled(only, terms[0][0])
+        return made, (0.0, norm(made) ** 2)
+    pairs = [factors_of(update) for _, update in updates]
+    if matrix and None not in pairs and len({pair[0].shape[0] for pair in pairs if pair}) == 1:
+        return _low_rank_sum([(s, u, pair) for (s, u), pair in zip(updates, pairs, strict=True) if pair], choice)
+    if not matrix or (choice is None and all(isinstance(update, Additive) for _, update in updates)):
+        whole = _dense_sum(updates)
+        return whole, (0.0, norm(whole) ** 2 if whole else 0.0)
+    return _best(terms, choice)
+
+
+def _scaled(update: Additive, by: float) -> Additive:
+    """``by`` times an update; a negative sign goes into up, where every format can say it."""
+    if isinstance(update, LowRank) and by < 0:
+        up = Tensor.of(-update.up.array())
+        return replace(update, up=up).scaled(-by)
+    return update.scaled(by)
 
 
 def _low_rank_sum(
-    parts: Sequence[tuple[LowRank, float]], rank: int | None
-) -> tuple[Update | None, tuple[float, float]]:
-    first = parts[0][0]
-    held = [low.oriented("plain") if low.layer == "transposed" else low for low, _ in parts]
-    if len({low.layer == "transposed" for low, _ in parts}) > 1 and held[0].shape != held[-1].shape:
-        raise MatchError("the adapters take this layer's weight for differently oriented", hint="give --base")
-    pairs = [low.factors() for low in held]
-    up = np.concatenate([u.astype(np.float64) * s for (u, _), (_, s) in zip(pairs, parts, strict=True)], axis=1)
-    down = np.concatenate([d.astype(np.float64) for _, d in pairs], axis=0)
+    parts: Sequence[tuple[float, Update, tuple[np.ndarray, np.ndarray]]], choice: Choice | None
+) -> tuple[Update | None, Squares]:
+    """A sum of products: stacked where that is of full rank, else through its SVD."""
+    up = np.concatenate([strength * pair[0] for strength, _, pair in parts], axis=1)
+    down = np.concatenate([pair[1] for _, _, pair in parts], axis=0)
     found = recompress(up, down)
-    scale = max(
-        (
-            abs(s) * float(np.linalg.norm(u)) * float(np.linalg.norm(d))
-            for (u, d), (_, s) in zip(pairs, parts, strict=True)
-        ),
-        default=0.0,
-    )
-    real = int((found.values > _DEPENDENT * max(scale, 1e-300) * 10).sum())
+    real = int((found.values > 0).sum())
     if real == 0:
         return None, (0.0, 0.0)
-    if rank is None and real == up.shape[1]:
-        return _stacked(parts, held), (0.0, found.energy)
-    piece = Piece(found, held[0].shape, _widest(parts), first.layer, first.scaling, first.rank_stabilised)
-    made = piece.low_rank(rank if rank is not None else real)
-    return made, factor_error(up, down, made)
+    lows = [as_low_rank(update) for _, update, _ in parts]
+    scaled = [low.scaled(strength) for (strength, _, _), low in zip(parts, lows, strict=True) if low is not None]
+    rank = real if choice is None or choice.rank is None else choice.rank
+    if rank >= up.shape[1]:
+        stacked = _stacked(scaled)
+        made = padded(stacked, rank) if rank > stacked.rank else stacked
+    else:
+        dtypes = _dtypes([update for _, update, _ in parts])
+        dtype = dtypes if choice else _wider(dtypes, "F32")  # in 16 bits a compaction would not be without loss
+        first = scaled[0]
+        piece = Piece(found, first.oriented("plain").shape, dtype, first.layer, first.scaling, first.rank_stabilised)
+        made = piece.low_rank(rank)
+    return made, (found.distance(*wide_factors(made)), found.energy)
 
 
-def _stacked(parts: Sequence[tuple[LowRank, float]], held: Sequence[LowRank]) -> LowRank:
-    """One LoRA of all factors; those that need another scaling than the first have it folded into up."""
-    first = held[0]
-    rank = sum(low.rank for low in held)
-    scaling = first.scaling * parts[0][1]
-    scaling = scaling if scaling > 0 and math.isfinite(scaling) else 1.0
-    ratios = [low.scaling * s / scaling for low, (_, s) in zip(held, parts, strict=True)]
-    exact = all(abs(ratio) == 2.0 ** round(math.log2(abs(ratio))) for ratio in ratios if ratio)
-    dtype = _widest(parts) if exact and len({low.up.dtype for low in held}) == 1 else "F32"
-    shape = first.shape
-    ups = [low.up.float().reshape(shape[0], low.rank) * np.float32(r) for low, r in zip(held, ratios, strict=True)]
-    downs = [low.down.float().reshape(low.rank, *shape[1:]) for low in held]
-    alpha = scaling * (math.sqrt(rank) if first.rank_stabilised else rank)
-    up, down = Tensor.of(np.concatenate(ups, axis=1), dtype), Tensor.of(np.concatenate(downs, axis=0), dtype)
-    return LowRank(down, up, None, alpha, first.rank_stabilised, parts[0][0].layer)
+def _stacked(lows: Sequence[LowRank]) -> LowRank:
+    """One LoRA of all factors; those of another scaling than the first have the ratio folded into up."""
+    first = lows[0]
+    scaling = abs(first.scaling) or 1.0
+    ups = [low.up.array().astype(np.float64).reshape(-1, low.rank) * (low.scaling / scaling) for low in lows]
+    shape = first.oriented("plain").shape
+    downs = [low.down.array().astype(np.float64).reshape(low.rank, *shape[1:]) for low in lows]
+    dtype = _dtypes(lows)
+    up, down = _exact(np.concatenate(ups, axis=1), dtype), _exact(np.concatenate(downs), dtype)
+    unit = LowRank(down, up, None, 1.0, first.rank_stabilised, first.layer)
+    return replace(unit, alpha=scaling / unit.scaling)
 
 
-def _widest(parts: Sequence[tuple[LowRank, float]]) -> str:
-    """A dtype that holds every factor as it is."""
-    dtypes = {tensor.dtype for low, _ in parts for tensor in (low.up, low.down)}
-    return dtypes.pop() if len(dtypes) == 1 else "F32"
+def _dtypes(updates: Sequence[Update]) -> str:
+    """A dtype that holds the factors of all of them as they are."""
+    dtypes = {t.dtype for update in updates for slot, t in update.slots.items() if not slot.endswith("magnitude")}
+    return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
 
 
-def _dense_sum(parts: Sequence[tuple[Update, float]]) -> Dense | None:
-    """Whole deltas summed in float32, by rows when they are read; None where the sum is zero."""
-    known = [(update, s) for update, s in parts if isinstance(update, Additive)]
-    shape = parts[0][0].shape
+def _wider(one: str, other: str) -> str:
+    return one if DTYPES[one].bits > DTYPES[other].bits else other
 
-    def load(start: int, stop: int) -> np.ndarray:
-        rows = sum(np.float64(s) * update.delta(start, stop) for update, s in known)
-        return np.asarray(rows, np.float32).reshape(stop - start, *shape[1:])
 
-    value = Tensor("F32", shape, load)
-    if not np.any(value.array()):
+def _exact(values: np.ndarray, dtype: str) -> Tensor:
+    """Values as stored in ``dtype`` where that holds every one of them, else in float32 (or wider)."""
+    with np.errstate(over="ignore"):
+        narrow = Tensor.of(Tensor.of(values).cast(dtype).array())
+    same = np.array_equal(narrow.array().astype(np.float64), values)
+    return narrow if same else stored(values, _wider(dtype, "F32"))
+
+
+def _dense_sum(updates: Sequence[tuple[float, Update]]) -> Dense | None:
+    """Whole deltas summed in float64 and stored in float32 (or wider); None where the sum is zero."""
+    first = updates[0][1]
+    total = np.zeros(first.shape)
+    for strength, update in updates:
+        assert isinstance(update, Additive)
+        total += strength * update.delta().astype(np.float64).reshape(first.shape)
+    if not total.any():
         return None
-    first = parts[0][0]
-    return Dense(value, 1.0, first.kind if isinstance(first, Dense) else "full")
+    kind = first.kind if isinstance(first, Dense) else "full"
+    return Dense(_exact(total, _dtypes([update for _, update in updates])), 1.0, kind)
 
 
-def _best(
-    name: str, parts: Sequence[tuple[Update, float]], rank: int | None, model: Model | None
-) -> tuple[Update | None, tuple[float, float]]:
+def _best(terms: Sequence[Term], choice: Choice | None) -> tuple[Update | None, Squares]:
     """The best LoRA of a sum with dense terms; all of its rank where none is asked for."""
-    ups, downs = [], []
-    for update, strength in parts:
-        piece, (up, down) = dense_piece(name, update, model, "F32")
-        ups.append(up * strength)
-        downs.append(down)
-    up, down = np.concatenate(ups, axis=1), np.concatenate(downs, axis=0)
-    found = recompress(up, down)
-    made = replace(piece, truncation=found).low_rank(rank or min(len(found.values), min(up.shape[0], down.shape[1])))
-    return made, factor_error(up, down, made)
+    layers: list[Layer] = [getattr(update, "layer", "plain") for _, (update, _) in terms]
+    layer: Layer = next((layer for layer in layers if layer != "plain"), "plain")
+    whole = sum(strength * np.concatenate(list(blocks(*term))) for strength, term in terms)
+    matrix = np.asarray(whole).T if layer == "transposed" else np.asarray(whole)
+    if not matrix.any():
+        return None, (0.0, 0.0)
+    found = dense_svd(matrix.astype(np.float32), choice or Choice(max_size=1))
+    shape = matrix.shape if layer == "transposed" else (len(matrix), *terms[0][1][0].shape[1:])
+    dtype = _dtypes([update for _, (update, _) in terms])
+    rank = (choice and choice.rank) or max(1, int((found.values > _NOISE * found.values[0]).sum()))
+    made = Piece(found, shape, dtype if choice else _wider(dtype, "F32"), layer).low_rank(rank)
+    return made, dense_squares(matrix, made)
 
 
-def _carried(adapters: Sequence[Adapter], strengths: Sequence[float]) -> Mapping[str, Tensor]:
-    """Whole tensors: kept where one adapter, or all alike, carry them at full strength; else refused."""
+def _carried(
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float],
+    updates: Mapping[str, Update] | None = None,
+    model: Model | None = None,
+) -> Mapping[str, Tensor]:
+    """Whole tensors, as a merge of the adapters would place them: kept where all holders agree at strength 1.
+
+    The base weight of a module that was trained on it is kept beside its update. What cancels goes. The rest is
+    summed as changes of the base, where that is known, else refused.
+    """
     found: dict[str, Tensor] = {}
     for name in dict.fromkeys(n for adapter in adapters for n in adapter.carried):
-        holders = [(a, s) for a, s in zip(adapters, strengths, strict=True) if name in a.carried]
+        holders = [(a, s) for a, s in zip(adapters, strengths, strict=True) if name in a.carried and s != 0]
+        if not holders:
+            continue
         tensors = [a.carried[name] for a, _ in holders]
         alike = all(t.same_bytes(tensors[0]) for t in tensors[1:])
-        total = sum(s for _, s in holders)
-        if alike and total == 0:
-            continue
-        if not alike or total != 1.0:
-            raise MatchError(
-                "whole tensors cannot be summed without the base",
-                holders[0][0].spelling(name),
-                "leave this adapter out",
-            )
-        found[name] = tensors[0]
+        if alike and not is_bias(name) and any(module_of(name) in a.updates for a, _ in holders):
+            if updates is None or module_of(name) in updates:
+                found[name] = tensors[0]
+        elif alike and (all(s == 1.0 for _, s in holders) or math.isclose(sum(s for _, s in holders), 1.0)):
+            found[name] = tensors[0]
+        elif not alike or sum(s for _, s in holders) != 0:
+            found[name] = _summed(name, [(s, a.carried[name]) for a, s in holders], holders[0][0], model)
     return found
+
+
+def _summed(name: str, parts: Sequence[tuple[float, Tensor]], holder: Adapter, model: Model | None) -> Tensor:
+    """base + the sum of strength x (tensor - base), in the first one's dtype. Raises MatchError without the base."""
+    hit = Unmatched(name, "") if model is None else Names(model.places).find(name)
+    if model is None or isinstance(hit, Unmatched):
+        hint = "give --base, or leave this adapter out" if model is None else "leave this adapter out"
+        raise MatchError("whole tensors cannot be summed without the base", holder.spelling(name), hint)
+    place = model.places[hit[0]]
+    base = model.parameters[place.tensor][0].tensor
+    if place.parts > 1 or place.transposed or any(t.shape != base.shape for _, t in parts):
+        raise MatchError("whole tensors of another shape than the base's cannot be summed", holder.spelling(name))
+    start = base.float().astype(np.float64)
+    total = start + sum(s * (tensor.float().astype(np.float64) - start) for s, tensor in parts)
+    return stored(np.asarray(total), parts[0][1].dtype)

@@ -14,35 +14,8 @@ from loratool.errors import FormatError, MatchError, NumericError, UsageError
 from loratool.model import Location, Model
 from loratool.names import Names, Unmatched, has_number, match, module_of
 from loratool.plan import Part
-from loratool.tensors import FLOATS, Array, Tensor
-from loratool.update import Load, LowRank, Prepared, Update, trimmed
-
-
-@dataclass(frozen=True)
-class Replace(Update):
-    """A weight trained whole: W' = value."""
-
-    value: Tensor
-
-    @property
-    def kind(self) -> str:
-        return "full"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"value": self.value}
-
-    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
-        def delta(start: int, stop: int, base: Array | None) -> Array:
-            shape = (stop - start, *self.value.shape[1:])
-            rows = Tensor(self.value.dtype, shape, lambda a, b: self.value.load(start + a, start + b))
-            return (load(rows).reshape(stop - start, -1) - base) * strength
-
-        return Prepared(delta)
+from loratool.tensors import FLOATS, Tensor
+from loratool.update import LowRank, Replace, trimmed
 
 
 @dataclass

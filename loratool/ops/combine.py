@@ -27,7 +27,7 @@ from loratool.ops.add import _carried as summed_carried
 from loratool.ops.add import add
 from loratool.ops.compare import Factored, Placed, blocks, placed
 from loratool.ops.resize import same_shape
-from loratool.ops.spectral import Piece, Result, factor_error, fresh_metadata, summarise
+from loratool.ops.spectral import Piece, Result, factor_error, fresh_metadata, summarise, wide_factors
 from loratool.tensors import Tensor
 from loratool.update import Dense, Layer, LowRank, Sum, Update, as_low_rank
 
@@ -35,6 +35,7 @@ Method = Literal["linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude
 METHODS: tuple[Method, ...] = ("linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots")
 DENSITY = 0.5  # where none is given
 _DEPENDENT = 1e-10  # singular values below that share of the largest are rounding of dependent updates
+_CANCELLED = 2.0**-20  # a sum below that share of its terms' magnitudes is rounding of float32 terms
 _BLOCK = 1 << 18  # entries that are merged at a time
 
 
@@ -99,15 +100,16 @@ def combine(
     notes = () if recipe.sparse or recipe.density is None else (f"{recipe.method} keeps every entry: no density",)
     if recipe.method == "linear":
         return replace(add(adapters, given, recipe.rank, model), warnings=notes)
-    carried = summed_carried(adapters, given)
     updates: dict[str, Update] = {}
     squares: dict[str, tuple[float, float]] = {}
     for name, terms in _aligned(adapters, given, model).items():
         made, squares[name] = _combined(name, terms, recipe)
         if made is not None:
             updates[name] = made
-    whole = replace(adapters[0], updates=updates, carried=carried)
-    return summarise(fresh_metadata(whole), squares, notes)
+    spellings = {k: v for adapter in reversed(adapters) for k, v in adapter.spellings.items()}
+    carried = summed_carried(adapters, given, updates, model)
+    whole = replace(adapters[0], updates=updates, carried=carried, spellings=spellings)
+    return summarise(fresh_metadata(whole), {n: pair for n, pair in squares.items() if not is_bias(n)}, notes)
 
 
 # ---------------------------------------------------------------- which updates belong together
@@ -131,11 +133,10 @@ class _Term:
         low = as_low_rank(self.update)
         if low is None:
             return None
-        up, down = low.factors()
-        up, down = (down.T, up.T) if self.transposed else (up, down)
+        up, down = wide_factors(low)
         if not (np.isfinite(up).all() and np.isfinite(down).all()):
             raise NumericError("an update is not finite")
-        return up.astype(np.float64) * self.strength, down.astype(np.float64)
+        return up * self.strength, down
 
     def dense(self) -> np.ndarray:
         """The update itself: [o,i*k] in float32, without the strength. Raises NumericError where it is not finite."""
@@ -232,8 +233,7 @@ def _from_dense(
     if not matrix.any():
         return None, (0.0, 0.0)
     made = _piece(terms, truncated_svd(matrix, min(rank, *matrix.shape), abs(seed))).low_rank(rank)
-    held = made.oriented("plain") if made.layer == "transposed" else made
-    up, down = (f.astype(np.float64) for f in held.factors())
+    up, down = wide_factors(made)
     step = max(1, _BLOCK // matrix.shape[1])
     lost = whole = 0.0
     for start in range(0, len(matrix), step):
@@ -336,11 +336,13 @@ def elect(stacked: np.ndarray) -> np.ndarray:
     """The elected sign's mean of each entry over axis 0 (the last two steps of TIES, Yadav et al. 2023).
 
     The sign is that of the sum of the values, strengths included; the mean is over the values that have it: not over
-    zeros, nor over adapters without this module. Where the sum is exactly zero no sign is elected and the result is
-    zero. PEFT's ``ties`` elects by the values without their weights, and takes a sum of zero for positive.
+    zeros, nor over adapters without this module. Where the values cancel, up to the rounding of float32, no sign is
+    elected and the result is zero. PEFT's ``ties`` elects by the values without their weights, and takes a sum of zero
+    for positive.
     """
-    agree = np.sign(stacked) == np.sign(stacked.sum(axis=0))
-    agree &= stacked != 0
+    total = stacked.sum(axis=0)
+    total[np.abs(total) <= _CANCELLED * np.abs(stacked).sum(axis=0)] = 0.0
+    agree = np.sign(stacked) == np.sign(total)
     count = np.maximum(agree.sum(axis=0), 1)
     return np.asarray((stacked * agree).sum(axis=0) / count)
 
@@ -352,11 +354,11 @@ def tied_knots(pairs: Sequence[tuple[np.ndarray, np.ndarray]], density: float) -
     side gives one basis U of their outputs; the coordinates S V_n are trimmed, elect their signs and are averaged as
     in `trim` and `elect`, and mapped back by U. The SVD is that of a core as small as the sum of ranks.
 
-    Why this one: on planted least-squares tasks with trained LoRAs (48 x 48, 3 to 6 tasks, 4 seeds each, density 0.5,
-    strength 1) its loss over all tasks was 0.79 to 0.99 of that of ties in 6 of 7 settings and 1.01 in the other, and
-    below that of coordinates V_n without S in all; TIES in the two-sided core (Core Space, Panariello et al. 2025) was
-    now better, now worse. With the strength tuned on the tasks the order of ties and knots depended on the tasks (more
-    of them and more alike: knots), and the plain sum, tuned, was the best of all: try `linear` first.
+    Why this one: on 7 settings of planted least-squares tasks with trained LoRAs (48 x 48, 3 to 6 tasks, 4 seeds each),
+    at density 0.5 and strength 1, its loss over all tasks was 0.73 to 0.98 of that of ties in 6 and 1.01 in one, and
+    below that of coordinates without S in all. TIES in a two-sided core (Core Space, Panariello et al. 2025) was 0.88
+    to 0.99 of it in 5 and up to 1.25 in 2; with the strength tuned on the tasks it was the worse one in 5. Tuned, knots
+    beat ties in 3 only, and the plain sum was below them all: try `linear` first. No evidence beyond such toys.
     """
     left, small = np.linalg.qr(np.concatenate([up for up, _ in pairs], axis=1))  # [o,p], [p,R]
     ends = np.cumsum([up.shape[1] for up, _ in pairs])

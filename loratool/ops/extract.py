@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from loratool.adapter import Adapter, Metadata, is_bias
+from loratool.adapter import Adapter, Metadata
 from loratool.architectures import Slot
 from loratool.architectures.llm import EMBEDDING_LEAVES, Tie
 from loratool.devices import one_blas_thread
@@ -152,7 +152,7 @@ class Chosen:
         return wanted
 
     def _found(self, pattern: object, name: str) -> bool:
-        return pattern.search(name, timeout=max(self.seconds, 1e-3)) is not None  # type: ignore[attr-defined, no-any-return]
+        return pattern.search(name, timeout=max(self.seconds, 1e-3)) is not None  # type: ignore[attr-defined]
 
 
 def _compiled(text: str | None, option: str) -> object:
@@ -257,9 +257,12 @@ def _enter(found: Survey, name: str, slot: Slot, place: Slot, base: Model, tuned
 
 def _alike(base: Sequence[Location], tuned: Sequence[Location]) -> tuple[Location, Location]:
     """The copies to compare, where a folder holds a weight in several precisions: of one dtype, then the widest."""
-    pairs = [(one, other) for one in base for other in tuned]
-    bits = lambda at: DTYPES[at.tensor.dtype].bits  # noqa: E731
-    return max(pairs, key=lambda p: (p[0].tensor.dtype == p[1].tensor.dtype, bits(p[0]) + bits(p[1])))
+
+    def worth(pair: tuple[Location, Location]) -> tuple[bool, int]:
+        one, other = (at.tensor.dtype for at in pair)
+        return one == other, DTYPES[one].bits + DTYPES[other].bits
+
+    return max(((one, other) for one in base for other in tuned), key=worth)
 
 
 def _view(tensor: Tensor, slot: Slot) -> View:
@@ -354,9 +357,7 @@ class Task:
                 rank = max(1, min(rank, rank_for_error(whole.values, whole.energy, bound)))
             return on_host(whole.cut(rank)), Known(whole.values, whole.energy, True)
         found = (
-            truncated_svd(matrix, rank, self.seed)
-            if bound is None
-            else adaptive_svd(matrix, bound, rank, self.seed)
+            truncated_svd(matrix, rank, self.seed) if bound is None else adaptive_svd(matrix, bound, rank, self.seed)
         )
         return on_host(found), Known(found.values, found.energy, len(found.values) == short)
 
@@ -563,8 +564,3 @@ def rank_for_share(spectra: Sequence[Known], share: float) -> int | None:
         sure = sure if one.complete else min(sure, len(own))
     enough = np.nonzero(kept >= share * energy * (1 - 1e-9))[0]
     return int(enough[0]) + 1 if len(enough) and enough[0] < sure else None
-
-
-def is_carried_bias(name: str) -> bool:
-    """Whether a carried tensor is a bias."""
-    return is_bias(name)

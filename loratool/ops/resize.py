@@ -2,99 +2,232 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from loratool.adapter import Adapter, is_bias
-from loratool.errors import MatchError
-from loratool.linalg import Truncation, exact_svd, recompress
+from loratool.devices import one_blas_thread
+from loratool.errors import MatchError, NumericError
+from loratool.linalg import Recompression, Truncation, adaptive_svd, exact_svd, recompress, truncated_svd
 from loratool.model import Model
-from loratool.ops.compare import blocks, placed
+from loratool.ops.compare import Placed, blocks, norm, placed
+from loratool.ops.convert import cast
 from loratool.ops.spectral import (
     Choice,
     Piece,
     Result,
     choose_ranks,
-    factor_error,
+    fit_size,
     fresh_metadata,
     header_size,
+    stored,
     summarise,
+    wide_factors,
 )
 from loratool.tensors import Tensor
-from loratool.update import Dense, Layer, LowRank, Update, as_low_rank, trimmed
+from loratool.update import Dense, Layer, LowRank, Sum, Update, trimmed
+
+SizeOf = Callable[[Adapter], int]  # bytes of the weights file that an adapter will make
+Squares = tuple[float, float]  # squared norms of the error, and of the whole
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
-def resize(adapter: Adapter, choice: Choice, model: Model | None = None, dtype: str | None = None) -> Result:
+def resize(
+    adapter: Adapter,
+    choice: Choice,
+    model: Model | None = None,
+    dtype: str | None = None,
+    size_of: SizeOf | None = None,
+) -> Result:
     """``adapter`` with the ranks that ``choice`` asks for; a rank beyond what there is pads with zeros.
 
-    Low-rank updates never form their product: QR of the factors and the SVD of a small core, in float64. Whole
-    deltas, and kinds that need the base (DoRA, with ``model``), are factored from the dense change. Biases and
-    norms stay. Raises MatchError for kinds that need the base when none is given.
+    Low-rank updates never form their product; whole deltas, and kinds that need the base (DoRA, with ``model``), are
+    factored from the dense change. A module whose rank does not fall keeps its factors; biases, norms and whole
+    tensors stay. Errors are of the values as stored: where these miss an ``energy`` or ``error`` that was asked for,
+    the rank is raised. ``size_of`` weighs an output for ``max_size``. Raises MatchError for kinds that need the base
+    when none is given, before any work.
     """
-    pieces: dict[str, Piece] = {}
-    wholes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, update in adapter.updates.items():
-        if is_bias(name) or len(update.shape) < 2:
-            continue
-        low = as_low_rank(update)
-        if low is None:
-            pieces[name], wholes[name] = dense_piece(name, update, model, dtype)
-        else:
-            pieces[name], wholes[name] = low_rank_piece(low, dtype)
-    carried = adapter.carried
-    ranks = choose_ranks(pieces, choice, header_size(pieces, adapter.metadata.strings, carried))
-    updates = dict(adapter.updates)
-    squares = {}
-    for name, piece in pieces.items():
-        made = _unchanged(adapter.updates[name], ranks[name], dtype) or piece.low_rank(ranks[name])
-        updates[name] = made
-        squares[name] = factor_error(*wholes[name], made)
-    return summarise(fresh_metadata(replace(adapter, updates=updates)), squares)
+    modules = {n: _Module.of(n, u, model, dtype) for n, u in adapter.updates.items() if is_matrix(u) and not is_bias(n)}
+    ranks: Mapping[str, int] = {}
+    if choice.max_size is not None:
+        found = each(lambda module: module.spectrum(choice), modules.values())
+        ranks = _fitting(adapter, modules, dict(zip(modules, found, strict=True)), choice, dtype, size_of)
+
+    def one(name: str) -> tuple[Update, Squares]:
+        try:
+            return modules[name].resized(choice, ranks.get(name))
+        except NumericError as error:
+            raise NumericError(error.what, adapter.spelling(name), error.hint) from None
+
+    results = dict(zip(modules, each(one, modules), strict=True))
+    squares: dict[str, Squares] = {}
+    for name, update in adapter.modules().items():
+        squares[name] = results[name][1] if name in results else (0.0, norm(update) ** 2)
+    updates = {name: results[name][0] if name in results else update for name, update in adapter.updates.items()}
+    return summarise(_finished(adapter, updates, dtype), squares)
 
 
-def low_rank_piece(low: LowRank, dtype: str | None = None) -> tuple[Piece, tuple[np.ndarray, np.ndarray]]:
-    """The truncation of one LoRA, and its factors in float64."""
-    held = low.oriented("plain") if low.layer == "transposed" else low
-    up, down = (factor.astype(np.float64) for factor in held.factors())
-    stored = dtype or low.down.dtype
-    piece = Piece(recompress(up, down), held.shape, stored, low.layer, low.scaling, low.rank_stabilised)
-    return piece, (up, down)
+def _finished(adapter: Adapter, updates: Mapping[str, Update], dtype: str | None) -> Adapter:
+    return cast(fresh_metadata(replace(adapter, updates=updates)), dtype)
 
 
-def dense_piece(
-    name: str, update: Update, model: Model | None, dtype: str | None
-) -> tuple[Piece, tuple[np.ndarray, np.ndarray]]:
-    """The truncation of a change that has no factors, through the dense matrix."""
-    update, base = placed(name, update, model)
-    change = np.concatenate(list(blocks(update, base)))  # [o, i*k]
-    layer: Layer = getattr(update, "layer", "plain")
-    if layer == "transposed":
-        change = change.T
-    found = exact_svd(change.astype(np.float32))
-    shape = (change.shape[0], *update.shape[1:]) if layer != "transposed" else change.shape
-    stored = dtype or next(iter(update.slots.values())).dtype
-    return Piece(found, shape, stored, layer), (found.up * found.values[None, :], np.asarray(found.down))
+def _fitting(
+    adapter: Adapter,
+    modules: Mapping[str, _Module],
+    pieces: Mapping[str, Piece],
+    choice: Choice,
+    dtype: str | None,
+    size_of: SizeOf | None,
+) -> dict[str, int]:
+    """The ranks for a size: measured on outputs without values, or bounded where nobody measures."""
+    if size_of is None:
+        return choose_ranks(pieces, choice, header_size(pieces, adapter.metadata.strings, adapter.carried))
+
+    def weigh(ranks: Mapping[str, int]) -> int:
+        made = {name: modules[name].kept(rank) or pieces[name].hollow(rank) for name, rank in ranks.items()}
+        updates = {name: made.get(name, update) for name, update in adapter.updates.items()}
+        return size_of(_finished(adapter, updates, dtype))
+
+    return fit_size(pieces, choice, weigh)
 
 
-def _unchanged(update: Update, rank: int, dtype: str | None) -> LowRank | None:
-    """The update with its own factors, zeros added, where its rank is not to fall; None where it is."""
-    if not isinstance(update, LowRank) or update.mid is not None or rank < update.rank or dtype is not None:
-        return None
-    if rank == update.rank:
-        return update
+def each(work: Callable[[Item], Made], items: Iterable[Item]) -> list[Made]:
+    """``work`` on every item, side by side, one BLAS thread each: results do not depend on the number of threads."""
+    with one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(work, items))
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module to resize: its update in its place, and what its new factors are stored as."""
+
+    update: Update
+    base: Tensor | None
+    stored: str | None
+
+    @staticmethod
+    def of(name: str, update: Update, model: Model | None, dtype: str | None) -> _Module:
+        """Raises MatchError where the update needs a base that is not there."""
+        return _Module(*(placed(name, update, model) if update.needs_base else (update, None)), dtype)
+
+    def piece(self, choice: Choice) -> Piece:
+        """As much of the SVD as ``choice`` needs, and what the new LoRA must look like."""
+        slots = self.update.slots
+        down = slots.get("down") or next(iter(slots.values()))
+        dtypes = self.stored or down.dtype, self.stored or slots.get("up", down).dtype
+        low = self.update
+        if (pair := factors_of(low)) is None:
+            return replace(dense_piece((low, self.base), choice, dtypes[0]), up_dtype=dtypes[1])
+        first = low.parts[0] if isinstance(low, Sum) else low
+        assert isinstance(first, LowRank)
+        shape = first.oriented("plain").shape
+        return Piece(
+            recompress(*pair), shape, dtypes[0], first.layer, first.scaling, first.rank_stabilised, up_dtype=dtypes[1]
+        )
+
+    def spectrum(self, choice: Choice) -> Piece:
+        """The piece without its vectors."""
+        piece = self.piece(choice)
+        found = piece.truncation
+        return replace(piece, truncation=Truncation(found.up[:, :0], found.values, found.down[:0], found.energy, True))
+
+    def resized(self, choice: Choice, rank: int | None) -> tuple[Update, Squares]:
+        """The update of ``rank``, or of that which ``choice`` asks for, and its error."""
+        if rank is None and choice.bound is None:
+            rank = choice.rank
+        if rank is not None and self.stored is None and (kept := self.kept(rank)) is not None:
+            return kept, (0.0, norm(self.update) ** 2)
+        piece = self.piece(choice)
+        target = rank or choose_ranks({"": piece}, choice)[""]
+        most = max(target, min(choice.rank or 1 << 30, len(piece.truncation.values)))
+        while True:
+            made = self.kept(target) or piece.low_rank(target)
+            lost, whole = self.squares(piece.truncation, made)
+            enough = rank is not None or choice.bound is None or lost <= choice.bound**2 * whole * (1 + 1e-6)
+            if enough or target == most:
+                return made, (lost, whole)
+            target += 1
+
+    def kept(self, rank: int) -> LowRank | None:
+        """The update with its own factors, zeros added, where its rank is not to fall; None where it is."""
+        update = self.update
+        if not isinstance(update, LowRank) or rank < update.rank or (update.mid and rank > update.rank):
+            return None
+        found = update if rank == update.rank else padded(update, rank)
+        if self.stored is None:
+            return found
+        down, up = (stored(t.array(), self.stored) for t in (found.down, found.up))
+        return None if found.mid else replace(found, down=down, up=up)
+
+    def squares(self, found: Truncation, made: LowRank) -> Squares:
+        """Squared norms of what ``made`` misses as it is stored, and of the whole change."""
+        if isinstance(found, Recompression):
+            if made is self.update:
+                return 0.0, found.energy
+            return found.distance(*wide_factors(made)), found.energy
+        return dense_squares(dense_change((self.update, self.base)), made)
+
+
+def padded(update: LowRank, rank: int) -> LowRank:
+    """The same update at a higher rank: zeros behind its own factors, which stay byte for byte."""
     more = rank - update.rank
-    alpha = update.scaling * (np.sqrt(rank) if update.rank_stabilised else rank)
     down, up = update.down.array(), update.up.array()
-    pads = ((0, more), *((0, 0) for _ in down.shape[1:])), ((0, 0), (0, more), *((0, 0) for _ in up.shape[2:]))
-    return replace(update, down=Tensor.of(np.pad(down, pads[0])), up=Tensor.of(np.pad(up, pads[1])), alpha=float(alpha))
+    down = np.pad(down, ((0, more), *((0, 0) for _ in down.shape[1:])))
+    up = np.pad(up, ((0, 0), (0, more), *((0, 0) for _ in up.shape[2:])))
+    made = replace(update, down=Tensor.of(down), up=Tensor.of(up), alpha=1.0)
+    return replace(made, alpha=update.scaling / made.scaling)
+
+
+def factors_of(update: Update) -> tuple[np.ndarray, np.ndarray] | None:
+    """up [o,r] and down [r,i*k] in float64, scaling included, as factors are held; None where it has none."""
+    parts = update.parts if isinstance(update, Sum) else (update,)
+    lows = [part for part in parts if isinstance(part, LowRank)]
+    if len(lows) < len(parts) or len({low.layer for low in lows}) > 1:
+        return None
+    ups, downs = zip(*map(wide_factors, lows), strict=True)
+    return np.concatenate(ups, axis=1), np.concatenate(downs, axis=0)
+
+
+def dense_piece(placed: Placed, choice: Choice, dtype: str) -> Piece:
+    """The SVD of a change that has no factors, through the dense matrix: within `linalg.EXCESS` of the best."""
+    update, _ = placed
+    layer: Layer = getattr(update, "layer", "plain")
+    change = dense_change(placed)
+    shape = change.shape if layer == "transposed" else (len(change), *update.shape[1:])
+    return Piece(dense_svd(change.astype(np.float32), choice), shape, dtype, layer)
+
+
+def dense_svd(matrix: np.ndarray, choice: Choice) -> Truncation:
+    """As much of the SVD of a matrix as ``choice`` needs."""
+    if choice.bound is not None:
+        return adaptive_svd(matrix, choice.bound, choice.rank)
+    if choice.max_size is not None or choice.rank is None:
+        return exact_svd(matrix)
+    return truncated_svd(matrix, min(choice.rank, *matrix.shape))
+
+
+def dense_change(placed: Placed) -> np.ndarray:
+    """The change of one weight as a matrix [o,i*k] in float64, as factors are held."""
+    update, base = placed
+    change = np.concatenate(list(blocks(update, base)))
+    return change.T if getattr(update, "layer", "plain") == "transposed" else change
+
+
+def dense_squares(matrix: np.ndarray, made: LowRank) -> Squares:
+    """Squared norms of what ``made`` misses of a dense change [o,i*k], and of the change."""
+    up, down = wide_factors(made)
+    return float(np.square(matrix - up @ down).sum()), float(np.square(matrix).sum())
 
 
 def spectrum(name: str, update: Update, model: Model | None = None) -> Truncation:
     """The whole spectrum of one update. Raises MatchError where it needs the base."""
-    low = as_low_rank(update)
-    piece, _ = dense_piece(name, update, model, "F32") if low is None else low_rank_piece(low)
-    return piece.truncation
+    return _Module.of(name, update, model, None).piece(Choice(max_size=1)).truncation
 
 
 def same_shape(one: Update, other: Update, name: str) -> None:

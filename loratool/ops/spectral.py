@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from loratool.adapter import Adapter, is_bias
 from loratool.errors import NumericError, UsageError
 from loratool.linalg import Truncation, allocate, error_for_energy, rank_for_error, to_numpy
 from loratool.ops.compare import product_norm
-from loratool.tensors import DTYPES, Tensor, header_bytes
+from loratool.tensors import DTYPES, Tensor, header_bytes, numpy_dtype
 from loratool.update import Layer, LowRank
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -73,31 +74,46 @@ class Piece:
     layer: Layer = "plain"
     scaling: float = 1.0
     rank_stabilised: bool = False
+    up_dtype: str | None = None
 
     @property
     def unit(self) -> int:
         """Bytes of one more rank."""
-        return (self.shape[0] + math.prod(self.shape[1:])) * DTYPES[self.dtype].bits // 8
+        up, down = DTYPES[self.up_dtype or self.dtype].bits // 8, DTYPES[self.dtype].bits // 8
+        return self.shape[0] * up + math.prod(self.shape[1:]) * down
 
     def low_rank(self, rank: int) -> LowRank:
-        """The LoRA of this rank, padded with zeros beyond what there is. Raises NumericError on overflow."""
+        """The LoRA of this rank, padded with zeros beyond what there is. Raises NumericError where it overflows."""
         found = self.truncation.cut(min(rank, len(self.truncation.values)))
-        up, down = (to_numpy(factor).astype(np.float32) for factor in found.factors())
-        scaling = self.scaling if self.scaling > 0 and math.isfinite(self.scaling) else 1.0
-        up, down = up / np.float32(math.sqrt(scaling)), down / np.float32(math.sqrt(scaling))
+        made = self.hollow(rank)
+        by = 1 / math.sqrt(made.scaling)
+        up, down = (to_numpy(factor) * by for factor in found.factors())
         missing = rank - len(down)
         up, down = np.pad(up, ((0, 0), (0, missing))), np.pad(down, ((0, missing), (0, 0)))
-        alpha = scaling * (math.sqrt(rank) if self.rank_stabilised else rank)
-        factors = [_stored(values, self.dtype) for values in (down.reshape(rank, *self.shape[1:]), up)]
-        return LowRank(factors[0], factors[1], None, alpha, self.rank_stabilised, self.layer)
+        return replace(made, down=stored(down, made.down.dtype).reshape(*made.down.shape), up=stored(up, made.up.dtype))
+
+    def hollow(self, rank: int) -> LowRank:
+        """A LoRA of this rank and form, all of it zero; its alpha is one that float32 holds."""
+        down, up = (rank, *self.shape[1:]), (self.shape[0], rank)
+        made = LowRank(zeros(self.dtype, down), zeros(self.up_dtype or self.dtype, up), None, 1.0, self.rank_stabilised)
+        with np.errstate(over="ignore"):
+            alpha = float(np.float32(self.scaling / made.scaling))
+        sound = alpha >= np.finfo(np.float32).tiny and math.isfinite(alpha)
+        return replace(made, alpha=alpha if sound else made.explicit_alpha / made.scaling, layer=self.layer)
 
 
-def _stored(values: np.ndarray, dtype: str) -> Tensor:
-    """Values as a stored tensor. Raises NumericError where they overflow."""
-    with np.errstate(over="ignore"):
-        tensor = Tensor.of(values, dtype)
-    if not np.isfinite(tensor.float()).all():
-        raise NumericError(f"a factor overflows {dtype}", hint="choose a wider --dtype")
+def zeros(dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of zeros that takes no memory."""
+    return Tensor(dtype, shape, lambda start, stop: np.zeros((stop - start, *shape[1:]), numpy_dtype(dtype)))
+
+
+def stored(values: np.ndarray, dtype: str) -> Tensor:
+    """Values as a tensor, rounded once. Raises NumericError where they overflow or all vanish."""
+    tensor = Tensor.of(Tensor.of(values).cast(dtype).array())
+    peak, kept = (float(np.abs(v).max(initial=0.0)) for v in (values, tensor.float()))
+    if not math.isfinite(kept) or (peak > 0 and kept == 0):
+        what = "overflows" if kept else "vanishes in"
+        raise NumericError(f"a factor {what} {dtype}", hint="choose a wider --dtype")
     return tensor
 
 
@@ -124,6 +140,36 @@ def _by_size(pieces: Mapping[str, Piece], choice: Choice, budget: int) -> dict[s
     limit = (choice.rank or 1 << 30) - 1
     more = {name: piece.truncation.values[1 : 1 + limit] for name, piece in pieces.items()}
     return {name: 1 + rank for name, rank in allocate(more, units, room).items()}
+
+
+def fit_size(
+    pieces: Mapping[str, Piece], choice: Choice, size_of: Callable[[Mapping[str, int]], int]
+) -> dict[str, int]:
+    """The ranks that lose least in a file of ``choice.max_size`` bytes; ``size_of`` tells that of a file with ranks.
+
+    What a file holds besides factors depends on the ranks (digits, patterns): measured, spent, measured again. Raises
+    UsageError where not even rank 1 fits.
+    """
+    limit = choice.max_size or 0
+
+    def besides(ranks: Mapping[str, int]) -> int:
+        return size_of(ranks) - sum(piece.unit * ranks[name] for name, piece in pieces.items())
+
+    best = dict.fromkeys(pieces, 1)
+    least = overhead = besides(best)
+    room = limit - sum(piece.unit for piece in pieces.values())
+    choose_ranks(pieces, choice, least)  # raises where rank 1 does not fit
+    spent = 0
+    for _ in range(8):
+        ranks = choose_ranks(pieces, choice, overhead)
+        found = besides(ranks)
+        total = found + sum(piece.unit * ranks[name] for name, piece in pieces.items())
+        if spent < total <= limit:
+            best, spent = ranks, total
+        if found == overhead or (total <= limit and found > overhead):
+            break
+        overhead = min(found, room)
+    return best
 
 
 def header_size(pieces: Mapping[str, Piece], metadata: Mapping[str, str], carried: Mapping[str, Tensor]) -> int:
@@ -169,22 +215,37 @@ def summarise(adapter: Adapter, squares: Mapping[str, tuple[float, float]], warn
 
 def factor_error(up: np.ndarray, down: np.ndarray, made: LowRank) -> tuple[float, float]:
     """Squared norms of (up @ down) - made, and of up @ down, from the factors in float64."""
-    other_up, other_down = (f.astype(np.float64) for f in replace(made, layer=_held(made.layer)).factors())
+    other_up, other_down = wide_factors(made)
     lost = product_norm(np.hstack((up, -other_up)), np.vstack((down, other_down)))
     return lost**2, product_norm(up, down) ** 2
 
 
-def _held(layer: Layer) -> Layer:
-    """The orientation in which factors are held."""
-    return "plain" if layer == "transposed" else layer
+def wide_factors(low: LowRank) -> tuple[np.ndarray, np.ndarray]:
+    """up [o,r], scaling included, and down [r,i*k] in float64, in the orientation in which factors are held."""
+    plain = low.oriented("plain") if low.layer == "transposed" else low
+    up, down = plain.matrices(lambda tensor: tensor.float().astype(np.float64))
+    return up * low.scaling, down
+
+
+_STALE_STRINGS = ("ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "sshs_", "modelspec.hash_sha256")
+_STALE_CONFIG = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora", "use_rslora", "lora_bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
+)
+_STALE_ARGUMENTS = ("dim", "alpha", "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims")
 
 
 def fresh_metadata(adapter: Adapter) -> Adapter:
-    """The adapter without metadata that told ranks: they are written anew."""
-    stale = ("ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "sshs_", "modelspec.hash_sha256")
-    strings = {k: v for k, v in adapter.metadata.strings.items() if not k.startswith(stale)}
-    told = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "lora_bias", "use_dora", "use_rslora")
-    config = {k: v for k, v in adapter.metadata.config.items() if k not in (*told, "init_lora_weights")}
+    """The adapter without metadata that told ranks, scalings and targets: formats write them anew."""
+    strings = {k: v for k, v in adapter.metadata.strings.items() if not k.startswith(_STALE_STRINGS)}
+    try:
+        arguments = json.loads(strings.get("ss_network_args", "null"))
+    except (ValueError, RecursionError):
+        arguments = None
+    if isinstance(arguments, dict) and not arguments.keys().isdisjoint(_STALE_ARGUMENTS):
+        kept = {key: value for key, value in arguments.items() if key not in _STALE_ARGUMENTS}
+        strings["ss_network_args"] = json.dumps(kept)
+    config = {k: v for k, v in adapter.metadata.config.items() if k not in _STALE_CONFIG}
     return adapter.with_metadata(strings=strings, config=config)
 
 
