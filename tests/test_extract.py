@@ -15,7 +15,7 @@ import loratool
 from loratool import compute
 from loratool.cli import main
 from loratool.devices import one_blas_thread
-from loratool.errors import FormatError, LossError, MatchError, NumericError, UsageError
+from loratool.errors import FormatError, MatchError, NumericError, UsageError
 from loratool.linalg import adaptive_svd, truncated_svd
 from loratool.model import read_model
 from loratool.ops import extract as ops
@@ -241,6 +241,12 @@ def test_both_ends_of_a_tie_cost_one_factorisation(
     report = compute.extract(base("llama_tied"), tuned, tmp_path / "lora", rank=2)
     assert {m.module for m in report.modules} == {"model.embed_tokens", "lm_head"}
     assert sum("embed" in name or "head" in name for name in seen) == 1
+
+
+def test_a_tuned_file_without_configuration_is_tied_as_its_base(base: Callable[..., Path], tmp_path: Path) -> None:
+    tuned = retuned(base("llama_tied"), tmp_path / "tuned", one_end)
+    report = compute.extract(base("llama_tied"), tuned / "model.safetensors", tmp_path / "lora", rank=2)
+    assert {m.module for m in report.modules} == {"model.embed_tokens", "lm_head"}
 
 
 # ---------------------------------------------------------------- models that do not fit

@@ -134,8 +134,8 @@ class _Module:
     def spectrum(self, choice: Choice) -> Piece:
         """The piece without its vectors."""
         piece = self.piece(choice)
-        found = piece.truncation
-        return replace(piece, truncation=Truncation(found.up[:, :0], found.values, found.down[:0], found.energy, True))
+        found, none = piece.truncation, np.empty((0, 0))
+        return replace(piece, truncation=Truncation(none, found.values, none, found.energy, found.complete))
 
     def resized(self, choice: Choice, rank: int | None) -> tuple[Update, Squares]:
         """The update of ``rank``, or of that which ``choice`` asks for, and its error."""
