@@ -98,9 +98,7 @@ def extract(
     inputs = {f"base/{w.name}": w.file.path for w in one.weights}
     inputs |= {f"tuned/{w.name}": w.file.path for w in other.weights}
     details = {"needed": result.needed}
-    return _write(
-        result, path, chosen, "extract", inputs, details=details, overwrite=overwrite, allow_loss=allow_loss
-    )
+    return _write(result, path, chosen, "extract", inputs, details=details, overwrite=overwrite, allow_loss=allow_loss)
 
 
 def resize(
