@@ -147,7 +147,20 @@ def _linear(command: Command) -> Command:
     strength = click.option(
         "--strength", "-s", "strengths", type=float, metavar="S", multiple=True, help="One for each."
     )
-    decorators = (_adapters, _out, strength, rank, _base_option, _to, loss, _overwrite, _json, _reads, _common)
+    decorators = (
+        _adapters,
+        _out,
+        strength,
+        rank,
+        _base_option,
+        _to,
+        loss,
+        _overwrite,
+        _dry_run,
+        _json,
+        _reads,
+        _common,
+    )
     return functools.reduce(lambda done, decorate: decorate(done), reversed(decorators), command)
 
 
@@ -353,6 +366,7 @@ def compare_command(first: str, second: str, json: bool, **options: Any) -> None
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised start.")
 @_flag("--allow-loss", help="Write what the format can say; list the rest.")
 @_overwrite
+@_dry_run
 @_json
 @_reads
 @_common
@@ -377,6 +391,7 @@ def extract_command(base: str, tuned: str, out: str, json: bool, **options: Any)
 @_dtype
 @_flag("--allow-loss", help="Write what the format can say; list the rest.")
 @_overwrite
+@_dry_run
 @_json
 @_reads
 @_common

@@ -51,6 +51,7 @@ class ComputeReport:
     strengths: tuple[float, ...]
     warnings: tuple[str, ...]
     details: Mapping[str, object] = field(default_factory=dict)
+    dry_run: bool = False
 
 
 def extract(
@@ -70,6 +71,7 @@ def extract(
     seed: int = 0,
     overwrite: bool = False,
     allow_loss: bool = False,
+    dry_run: bool = False,
     reading: Reading | None = None,
     progress: Progress | None = None,
 ) -> ComputeReport:
@@ -98,7 +100,17 @@ def extract(
     inputs = {f"base/{w.name}": w.file.path for w in one.weights}
     inputs |= {f"tuned/{w.name}": w.file.path for w in other.weights}
     details = {"needed": result.needed}
-    return _write(result, path, chosen, "extract", inputs, details=details, overwrite=overwrite, allow_loss=allow_loss)
+    return _write(
+        result,
+        path,
+        chosen,
+        "extract",
+        inputs,
+        details=details,
+        overwrite=overwrite,
+        allow_loss=allow_loss,
+        dry_run=dry_run,
+    )
 
 
 def resize(
@@ -114,6 +126,7 @@ def resize(
     dtype: str = "keep",
     overwrite: bool = False,
     allow_loss: bool = False,
+    dry_run: bool = False,
     reading: Reading | None = None,
 ) -> ComputeReport:
     """Write ``adapter`` with other ranks, the best in the Frobenius norm; beyond what there is, padded with zeros.
@@ -131,7 +144,7 @@ def resize(
     inputs = _weights([source], model)
     hashes = _hashed(inputs) if max_size is not None else {}
     result = compute(source, choice, model, stored, lambda made: _size(with_provenance(made, "resize", hashes), chosen))
-    return _write(result, path, chosen, "resize", inputs, overwrite=overwrite, allow_loss=allow_loss)
+    return _write(result, path, chosen, "resize", inputs, overwrite=overwrite, allow_loss=allow_loss, dry_run=dry_run)
 
 
 def add(
@@ -143,12 +156,15 @@ def add(
     to: str | None = None,
     overwrite: bool = False,
     allow_loss: bool = False,
+    dry_run: bool = False,
     reading: Reading | None = None,
 ) -> ComputeReport:
     """Write the sum of strength x update: exact by concatenation, or the best of ``rank``."""
     from loratool.ops.add import add as compute
 
-    return _linear(compute, "add", flattened(adapters), out, strengths, rank, base, to, overwrite, allow_loss, reading)
+    return _linear(
+        compute, "add", flattened(adapters), out, strengths, rank, base, to, overwrite, allow_loss, dry_run, reading
+    )
 
 
 def subtract(
@@ -160,13 +176,25 @@ def subtract(
     to: str | None = None,
     overwrite: bool = False,
     allow_loss: bool = False,
+    dry_run: bool = False,
     reading: Reading | None = None,
 ) -> ComputeReport:
     """Write the first adapter minus the others; the rules of `add`."""
     from loratool.ops.add import subtract as compute
 
     return _linear(
-        compute, "subtract", flattened(adapters), out, strengths, rank, base, to, overwrite, allow_loss, reading
+        compute,
+        "subtract",
+        flattened(adapters),
+        out,
+        strengths,
+        rank,
+        base,
+        to,
+        overwrite,
+        allow_loss,
+        dry_run,
+        reading,
     )
 
 
@@ -182,6 +210,7 @@ def combine(
     to: str | None = None,
     overwrite: bool = False,
     allow_loss: bool = False,
+    dry_run: bool = False,
     reading: Reading | None = None,
 ) -> ComputeReport:
     """Write the adapters combined by ``method``: linear, svd, ties, dare_linear, dare_ties, magnitude_prune, knots.
@@ -207,6 +236,7 @@ def combine(
         details=recipe.details(),
         overwrite=overwrite,
         allow_loss=allow_loss,
+        dry_run=dry_run,
     )
 
 
@@ -256,6 +286,7 @@ def _linear(
     to: str | None,
     overwrite: bool,
     allow_loss: bool,
+    dry_run: bool,
     reading: Reading | None,
 ) -> ComputeReport:
     model = None if base is None else model_of(base, reading or Reading())
@@ -265,7 +296,9 @@ def _linear(
     result = compute(sources, strengths, rank, model)
     given = tuple(strengths) if strengths else (1.0,) * len(sources)
     inputs = _weights(sources, model)
-    return _write(result, path, chosen, operation, inputs, given, overwrite=overwrite, allow_loss=allow_loss)
+    return _write(
+        result, path, chosen, operation, inputs, given, overwrite=overwrite, allow_loss=allow_loss, dry_run=dry_run
+    )
 
 
 def _checked(source: Source, reading: Reading | None, model: Model | None = None) -> Adapter:
@@ -315,6 +348,12 @@ def _to(device: str) -> Callable[[np.ndarray], Any] | None:
     return lambda values: torch.from_numpy(values).to(device)
 
 
+def _written(chosen: Format, adapter: Adapter, path: Path) -> int:
+    """Write an adapter; the bytes of its weights file."""
+    chosen.write(adapter, path)
+    return _weights_file(path).stat().st_size
+
+
 def _write(
     result: Result,
     path: Path,
@@ -326,14 +365,22 @@ def _write(
     details: Mapping[str, object] | None = None,
     overwrite: bool,
     allow_loss: bool,
+    dry_run: bool,
 ) -> ComputeReport:
-    """Write a computed adapter, complete or not at all, and report it; ``details`` are of the operation."""
+    """Write a computed adapter, complete or not at all, and report it; ``details`` are of the operation.
+
+    A dry run does everything but leave an output, so that it refuses what the run would.
+    """
     more = {**({"strengths": list(strengths)} if strengths else {}), **(details or {})}
     hashes = _hashed(inputs)
     adapter = with_provenance(result.adapter, operation, hashes, **more)
     losses = formats.check_losses(adapter, chosen, allow_loss)
-    with staged(path, overwrite) as temporary:
-        chosen.write(adapter, temporary)
+    if dry_run:
+        with TemporaryDirectory() as folder:  # ranks and size are known once it is computed: all but OUT is done
+            size = _written(chosen, adapter, Path(folder, path.name))
+    else:
+        with staged(path, overwrite) as temporary:
+            size = _written(chosen, adapter, temporary)
     ranks = Counter(update.rank for update in adapter.modules().values() if update.rank is not None)
     tensors = [t for u in adapter.updates.values() for t in u.slots.values()]
     return ComputeReport(
@@ -341,7 +388,7 @@ def _write(
         format=chosen.name,
         ranks={str(rank): ranks[rank] for rank in sorted(ranks)},
         parameters=sum(t.size for t in (*tensors, *adapter.carried.values())),
-        bytes=_weights_file(path).stat().st_size,
+        bytes=size,
         relative_error=result.relative_error,
         modules=result.modules,
         carried=tuple(adapter.carried),
@@ -352,4 +399,5 @@ def _write(
         strengths=tuple(strengths),
         warnings=result.warnings,
         details=dict(details or {}),
+        dry_run=dry_run,
     )

@@ -19,8 +19,6 @@ from loratool.errors import MatchError
 from loratool.model import Model
 from loratool.update import DoRA, LowRank, Update, trimmed
 
-NAMED = 100  # modules for which the nearest is looked up: a wrong base has thousands
-
 
 @dataclass(frozen=True)
 class Match:
@@ -49,7 +47,6 @@ class Names:
     def __init__(self, places: Mapping[str, Slot]) -> None:
         self.places = places
         self._by_tail: dict[int, dict[str, list[str]]] = {}
-        self._misses = 0
 
     def find(self, name: str) -> tuple[str, str] | Unmatched:
         """(the base's name, how it was found) of a parameter."""
@@ -62,8 +59,7 @@ class Names:
             if distinct:
                 some = ", ".join(sorted(distinct.values())[:3])
                 return Unmatched(name, f"ambiguous: {some}")
-        self._misses += 1
-        return Unmatched(name, f"nearest: {self.nearest(name)}" if self._misses <= NAMED else "no such module")
+        return Unmatched(name, f"nearest: {self.nearest(name)}")
 
     def _renamed(self, name: str) -> list[str]:
         """Names under the prefixes that known models changed."""
@@ -99,12 +95,16 @@ class Names:
             table.setdefault(leaf(name), []).append(name)
         return table
 
+    @cached_property
+    def _segments(self) -> dict[str, frozenset[str]]:
+        return {name: frozenset(name.split(".")) for name in self.places}
+
     def nearest(self, name: str) -> str:
         """The base's module that is spelled most alike: it shares most segments, then most letters."""
-        parts = set(name.split("."))
-        shared = {n: len(parts.intersection(n.split("."))) for n in self._by_leaf.get(leaf(name)) or self.places}
+        parts = frozenset(name.split("."))
+        shared = {n: len(parts & self._segments[n]) for n in self._by_leaf.get(leaf(name)) or self.places}
         most = max(shared.values(), default=0)
-        pool = [n for n, count in shared.items() if count == most][:100]
+        pool = [n for n, count in shared.items() if count == most][:20]
         close = difflib.get_close_matches(name, pool, 1, cutoff=0.0)
         return module_of(close[0]) if close else "none"
 

@@ -231,7 +231,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 
 def show_computed(report: ComputeReport) -> None:
     """What a computed adapter is, and how far it is from what was asked."""
-    print(f"wrote {bold(report.output)} ({report.format})")
+    print(f"{'would write' if report.dry_run else 'wrote'} {bold(report.output)} ({report.format})")
     facts(
         (
             ("modules", f"{sum(report.ranks.values()):,}"),

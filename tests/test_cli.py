@@ -29,7 +29,9 @@ from loratool import api, cli
 from loratool.errors import LoratoolError
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("inspect", "formats", "convert", "merge", "verify", "compare")
+CONVERTING = ("inspect", "formats", "convert", "merge", "verify", "compare")
+COMPUTING = ("extract", "resize", "add", "subtract", "combine", "rank")
+COMMANDS = (*CONVERTING, *COMPUTING)
 FORMATS = ("peft", "kohya", "diffusers", "raw")
 
 
@@ -617,7 +619,10 @@ def test_json_has_null_where_there_is_no_number(run: Run, tmp_path: Path) -> Non
     save_file(pair("a", alpha=2, scale=0), tmp_path / "zero")
     save_file(pair("a", alpha=2, scale=math.nan), tmp_path / "nan")
     assert run("inspect", tmp_path / "nan", "--norms", "--json").json["targets"][0]["norm"] is None
-    assert run("compare", tmp_path / "zero", tmp_path / "nan", "--json").json["relative_difference"] is None
+    save_file(pair("a", alpha=2, scale=1), tmp_path / "one")
+    assert run("compare", tmp_path / "zero", tmp_path / "one", "--json").json["relative_difference"] is None
+    found = run("compare", tmp_path / "zero", tmp_path / "nan", "--json")
+    assert (found.code, found.out) == (6, "")
 
 
 def test_an_overflow_of_the_merge_is_refused(run: Run, llama: Path, peft: Path, tmp_path: Path) -> None:
@@ -1296,3 +1301,29 @@ def read_terminal(master: int, process: subprocess.Popen[str]) -> str:
         if select.select([master], [], [], 0.05)[0]:
             shown += os.read(master, 1 << 16)
     return shown.decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("resize", "PEFT", "--rank", "2"),
+        ("add", "PEFT", "PEFT", "-s", "1", "-s", "-0.5"),
+        ("subtract", "PEFT", "PEFT"),
+        ("combine", "PEFT", "PEFT", "--method", "ties", "--rank", "2"),
+        ("extract", "BASE", "BASE", "--rank", "2"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_dry_run_that_computes_writes_nothing(
+    words: tuple[str, ...], run: Run, llama: Path, peft: Path, tmp_path: Path
+) -> None:
+    """It tells what the run tells, and refuses what the run refuses."""
+    paths = {"PEFT": peft, "BASE": llama}
+    words = tuple(paths.get(word, word) for word in words)
+    out = tmp_path / "out"
+    dry = run(*words, "-o", out, "--dry-run", "--json").json
+    assert not list(tmp_path.iterdir()) and dry.pop("dry_run") is True
+    wet = run(*words, "-o", out, "--json").json
+    assert wet.pop("dry_run") is False and out.exists()
+    assert dry == wet
+    assert run(*words, "-o", out, "--dry-run").code == run(*words, "-o", out).code == 1

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -584,3 +585,13 @@ def test_real_adapters_of_later_formats_are_refused_by_name(path: str, message: 
     """llm trap 18 among them: MLX files carry a decoy alpha."""
     with pytest.raises(FormatError, match=re.escape(message)):
         loratool.read(real / path)
+
+
+def test_a_bare_parameter_is_a_loss(tmp_path: Path) -> None:
+    """What our own reader would refuse is named, and left out where the loss is accepted."""
+    adapter = loratool.read(folder_of(tmp_path / "in"))
+    bare = replace(adapter, carried={"m.A_log": Tensor.of(np.ones(3, np.float32))})
+    with pytest.raises(LossError, match="m.A_log"):
+        loratool.write(bare, tmp_path / "out", format="peft")
+    assert [loss.name for loss in loratool.write(bare, tmp_path / "out", format="peft", allow_loss=True)] == ["m.A_log"]
+    assert not loratool.read(tmp_path / "out").carried

@@ -319,7 +319,8 @@ def losses(adapter: Adapter) -> list[Loss]:
             reason = "a bias delta without a LoRA on its module"
         if reason:
             found.append(Loss(adapter.spelling(name), reason))
-    return found
+    bare = (name for name in adapter.carried if not name.endswith((".weight", ".bias")))
+    return found + [Loss(adapter.spelling(name), "a bare parameter, which PEFT does not save") for name in bare]
 
 
 def _loss(name: str, update: Update, some_dora: bool) -> str | None:
@@ -349,7 +350,8 @@ def write(adapter: Adapter, path: Path) -> None:
         for slot, tensor in stored_slots(plain[name], update, biases, name).items():
             tensors[PREFIX + LAYOUT.key(name.removeprefix(cut), slot)] = tensor
     for name, tensor in adapter.carried.items():
-        tensors[PREFIX + _stored_name(name, modules).removeprefix(cut)] = tensor
+        if adapter.spelling(name) not in lost:
+            tensors[PREFIX + _stored_name(name, modules).removeprefix(cut)] = tensor
     config = configuration(adapter, {n.removeprefix(cut): low for n, low in plain.items()}, bool(biases))
     path.mkdir()
     write_safetensors(path / "adapter_model.safetensors", tensors, {"format": "pt", **adapter.metadata.strings})

@@ -55,11 +55,9 @@ class View:
 
     def handle(self) -> Tensor:
         """The weight as a tensor of its own."""
-        whole = self.tensor
-        if (self.start, self.stop) != (0, whole.rows):
-            shape = (self.stop - self.start, *whole.shape[1:])
-            whole = Tensor(whole.dtype, shape, lambda a, b: self.tensor.load(self.start + a, self.start + b))
-        return whole.T if self.transposed else whole
+        whole = (self.start, self.stop) == (0, self.tensor.rows)
+        rows = self.tensor if whole else self.tensor.slice(self.start, self.stop)
+        return rows.T if self.transposed else rows
 
     def float(self) -> np.ndarray:
         """The weight in float32 or wider, [o,i*k]."""
