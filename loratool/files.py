@@ -218,6 +218,8 @@ def _flush(path: Path) -> None:
         fd = os.open(entry, os.O_RDONLY)
         try:
             os.fsync(fd)
+        except OSError as error:  # where space is taken late, a full disk shows here
+            raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", path) from None
         finally:
             os.close(fd)
 

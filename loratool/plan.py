@@ -7,7 +7,6 @@ factors in hand in memory, never a tensor, a shard or a model.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import threading
@@ -160,9 +159,6 @@ class Tally:
 class Consumer(Protocol):
     """What is done with the blocks of the output: written, or compared. Called from several threads."""
 
-    def reserve(self, output: OutputFile) -> None:
-        """Make room for a file; called beside its first blocks."""
-
     def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
         """Take the stored values of rows [start, start + len(data)) of one tensor."""
 
@@ -226,17 +222,12 @@ class Run:
         """Calls to make, in the order of the files: what hashes a file runs beside what merges it."""
         waiting = list(self.plan.inputs.items())
         for output in self.plan.outputs:
-            yield self._reserve, output
             if waiting:
                 yield self._hash, *waiting.pop(0)
             for step in output.steps:
                 yield from ((self._group, output, step, start, stop) for start, stop in _groups(step))
         for name, path in waiting:
             yield self._hash, name, path
-
-    def _reserve(self, output: OutputFile) -> int:
-        self.consumer.reserve(output)
-        return 0
 
     def _hash(self, name: str, path: Path) -> int:
         from loratool.hashes import sha256
@@ -416,15 +407,6 @@ class Writer:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         os.ftruncate(fd, size)
         return fd
-
-    def reserve(self, output: OutputFile) -> None:
-        """Take the space of a file now: cheaper than page by page, and what is not there is missed early."""
-        fd = self._fds[output.name]
-        try:
-            os.posix_fallocate(fd, 0, max(1, os.fstat(fd).st_size))
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # no preallocation here
-                raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", output.name) from None
 
     def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
         """Write rows from ``start`` on."""

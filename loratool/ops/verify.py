@@ -44,9 +44,6 @@ class _Comparer:
     worst: dict[str, tuple[int, int]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def reserve(self, output: OutputFile) -> None:
-        """Nothing is written."""
-
     def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
         """Compare rows from ``start`` on."""
         found = self.merged.get(step.name)
