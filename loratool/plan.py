@@ -32,7 +32,7 @@ from loratool.tensors import (
 )
 from loratool.update import Prepared, Update
 
-GROUP = 32  # blocks of one task
+GROUP = 8  # blocks of one task
 
 
 @dataclass(frozen=True)
