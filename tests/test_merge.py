@@ -833,3 +833,23 @@ def test_a_real_adapter_meets_the_wrong_base(real: Path, base: Make, tmp_path: P
     with pytest.raises(MatchError, match=r"shapes differ|no target"):
         loratool.merge(base("gpt2"), real / "llm" / "peft-gpt2", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "dora_embedding", "rslora"])
+def test_many_small_blocks_give_what_one_block_gives(
+    kind: str, base: Make, lora: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row blocks == whole, through the merge itself; and the same bytes for any number of threads."""
+    model, adapter = base("llama"), lora("llama", kind)
+    loratool.merge(model, adapter, out=tmp_path / "whole")
+    monkeypatch.setattr("loratool.tensors.BLOCK", 96)
+    planned = [loratool.plan_merge(model, [adapter]) for _ in range(2)]
+    for threads, merge in zip((1, 3), planned, strict=True):
+        run_merge(merge, tmp_path / str(threads), threads=threads)
+    whole, one, three = (
+        {n: at[0].tensor.array() for n, at in read_model(tmp_path / name).parameters.items()}
+        for name in ("whole", "1", "3")
+    )
+    for name, values in whole.items():
+        np.testing.assert_allclose(one[name], values, rtol=1e-5, atol=1e-6)
+        assert one[name].tobytes() == three[name].tobytes(), name
