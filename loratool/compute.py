@@ -348,12 +348,6 @@ def _to(device: str) -> Callable[[np.ndarray], Any] | None:
     return lambda values: torch.from_numpy(values).to(device)
 
 
-def _written(chosen: Format, adapter: Adapter, path: Path) -> int:
-    """Write an adapter; the bytes of its weights file."""
-    chosen.write(adapter, path)
-    return _weights_file(path).stat().st_size
-
-
 def _write(
     result: Result,
     path: Path,
@@ -376,11 +370,11 @@ def _write(
     adapter = with_provenance(result.adapter, operation, hashes, **more)
     losses = formats.check_losses(adapter, chosen, allow_loss)
     if dry_run:
-        with TemporaryDirectory() as folder:  # ranks and size are known once it is computed: all but OUT is done
-            size = _written(chosen, adapter, Path(folder, path.name))
+        size = _size(adapter, chosen)
     else:
         with staged(path, overwrite) as temporary:
-            size = _written(chosen, adapter, temporary)
+            chosen.write(adapter, temporary)
+        size = _weights_file(path).stat().st_size
     ranks = Counter(update.rank for update in adapter.modules().values() if update.rank is not None)
     tensors = [t for u in adapter.updates.values() for t in u.slots.values()]
     return ComputeReport(
