@@ -151,7 +151,10 @@ class TorchWorker(Worker):
 
     def add_product(self, wide: Array, up: Array, down: Array) -> Array:
         dtype = self.torch.promote_types(wide.dtype, up.dtype)
-        return self.torch.addmm(wide.to(dtype), up.to(dtype), down.to(dtype))
+        out = None  # on an accelerator torch keeps freed memory itself
+        if self.device.type == "cpu" and dtype == self.torch.float32:
+            out = self._tensor(self._scratch("product", tuple(wide.shape), np.float32))
+        return self.torch.addmm(wide.to(dtype), up.to(dtype), down.to(dtype), out=out)
 
     def narrow(self, values: Array, dtype: str) -> np.ndarray:
         out = self._scratch("narrow", tuple(values.shape), numpy_dtype(dtype))
