@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -277,7 +277,15 @@ class Run:
         base = worker.widen(stored)
         if not step.parts:
             return checked(worker, base, worker.narrow(base, step.dtype), step)
-        value, nonzero = _changed(worker, step.parts, prepared, first, last, base)
+
+        def wide(part: Part, update: Prepared, start: int, stop: int) -> Any:
+            """The base rows that an update reaches for, beyond those it changes."""
+            assert update.reach is not None
+            low, high = update.reach(start - part.start, stop - part.start)
+            reached = worker.load(step.base.slice(part.start + low, part.start + high))  # not into kept memory
+            return reached.reshape(high - low, -1)
+
+        value, nonzero = _changed(worker, step.parts, prepared, first, last, base, wide)
         out = checked(worker, value, worker.narrow(value, step.dtype), step)
         if out.dtype == stored.dtype:
             same = worker.count_equal(out, stored)
@@ -287,7 +295,13 @@ class Run:
 
 
 def _changed(
-    worker: Worker, parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int, base: Any
+    worker: Worker,
+    parts: Sequence[Part],
+    prepared: Sequence[Prepared],
+    first: int,
+    last: int,
+    base: Any,
+    wide: Callable[[Part, Prepared, int, int], Any],
 ) -> tuple[Any, int]:
     """Rows [first, last) with the deltas of all parts added, and how many elements of the delta are not zero.
 
@@ -305,7 +319,8 @@ def _changed(
         start, stop = max(first, part.start), min(last, part.stop)  # a part may be rows of a fused weight
         if start < stop:
             rows = slice(start - first, stop - first)
-            change[rows] += update.delta(start - part.start, stop - part.start, base[rows])
+            own = base[rows] if update.reach is None else wide(part, update, start, stop)
+            change[rows] += update.delta(start - part.start, stop - part.start, own)
     nonzero = worker.count_nonzero(change)
     change += base
     return change, nonzero

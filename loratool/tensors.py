@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -170,6 +171,26 @@ class Tensor:
     def slice(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the first axis."""
         return Tensor(self.dtype, (stop - start, *self.shape[1:]), lambda a, b: self.load(start + a, start + b))
+
+    @staticmethod
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors one below the other along the first axis; stored in float32 where their dtypes differ.
+
+        Raises FormatError when their other axes differ.
+        """
+        first = tensors[0]
+        if len({tensor.shape[1:] for tensor in tensors}) > 1:
+            raise FormatError(f"shapes {[list(tensor.shape) for tensor in tensors]} cannot be stacked")
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            return Tensor.joined([tensor.cast("F32") for tensor in tensors])
+        edges = list(accumulate((tensor.shape[0] for tensor in tensors), initial=0))
+
+        def load(start: int, stop: int) -> np.ndarray:
+            spans = ((t, max(start - e, 0), min(stop - e, t.shape[0])) for t, e in zip(tensors, edges, strict=False))
+            found = [tensor.load(low, high) for tensor, low, high in spans if low < high]
+            return np.concatenate(found) if found else first.load(0, 0)
+
+        return Tensor(first.dtype, (edges[-1], *first.shape[1:]), load)
 
     def reshape(self, *shape: int) -> Tensor:
         """The same values under another shape of as many elements."""

@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 
 from loratool.errors import FormatError, MatchError, NumericError
-from loratool.tensors import Array, Tensor
+from loratool.tensors import Array, Tensor, numpy_dtype
 
 Load = Callable[[Tensor], Array]  # a stored tensor -> float32 (or float64) array on the computing device
 Layer = Literal["plain", "transposed", "embedding"]
@@ -51,14 +52,17 @@ class Prepared:
 
     ``delta(start, stop, base)`` gives rows [start, stop) of strength x (W' - W) as ``[rows, -1]``; ``base`` holds those
     rows of W flattened alike (ignored by additive kinds). Where ``scan`` is set, it must first be given every
-    ``(start, stop, base)`` block once, in order. ``factors`` (up [o,r], down [r,i*k], everything folded in) are set
-    where the delta is their product, for those who have a better place to put it; ``dense`` where these hold no zero.
+    ``(start, stop, base)`` block once, in order. Where ``reach`` is set (rotations of outputs mix rows), ``base`` holds
+    rows [lo, hi) of W instead, with ``(lo, hi) = reach(start, stop)``. ``factors`` (up [o,r], down [r,i*k], everything
+    folded in) are set where the delta is their product, for those who have a better place to put it; ``dense`` where
+    these hold no zero.
     """
 
     delta: Callable[[int, int, Array | None], Array]
     scan: Callable[[Iterable[tuple[int, int, Array]]], None] | None = None
     factors: tuple[Array, Array] | None = None
     dense: bool = False
+    reach: Callable[[int, int], tuple[int, int]] | None = None
 
 
 class Update(ABC):
@@ -418,6 +422,242 @@ def _check_norm(norm: Array) -> None:
     """An all-zero row or column has no direction: 0/0."""
     if not bool((norm > 0).all()):
         raise NumericError("DoRA divides by the norm of an all-zero row", hint="the base or the adapter is damaged")
+
+
+# ---------------------------------------------------------------- fused weights: rows of an update, and the whole again
+
+
+@dataclass(frozen=True)
+class Rows(Update):
+    """What ``whole`` does to output rows [start, stop) of a fused weight."""
+
+    whole: Update
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= self.whole.shape[0]:
+            raise FormatError(f"rows {self.start} to {self.stop} of a weight of shape {list(self.whole.shape)}")
+
+    @property
+    def kind(self) -> str:
+        return self.whole.kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.whole.shape[1:])
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return self.whole.slots
+
+    @property
+    def rank(self) -> int | None:
+        return self.whole.rank
+
+    @property
+    def alpha(self) -> float | None:
+        return self.whole.alpha
+
+    @property
+    def scaling(self) -> float:
+        return self.whole.scaling
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        whole = self.whole.prepare(load, strength)
+        if whole.scan is not None:
+            raise FormatError(f"an update of kind {self.kind} over all rows of a fused weight cannot be split")
+        up, down = whole.factors or (None, None)
+        return Prepared(
+            lambda start, stop, base: whole.delta(self.start + start, self.start + stop, base),
+            factors=None if up is None else (up[self.start : self.stop], down),
+            reach=None if whole.reach is None else self._reach(whole.reach),
+        )
+
+    def _reach(self, reach: Callable[[int, int], tuple[int, int]]) -> Callable[[int, int], tuple[int, int]]:
+        """The reach of the whole, in rows of the part. Raises FormatError where it goes beyond the part."""
+
+        def within(start: int, stop: int) -> tuple[int, int]:
+            low, high = reach(self.start + start, self.start + stop)
+            if low < self.start or high > self.stop:
+                raise FormatError(f"an update of kind {self.kind} mixes rows of a fused weight: it cannot be split")
+            return low - self.start, high - self.start
+
+        return within
+
+
+class AdditiveRows(Rows, Additive):
+    """Rows of an additive update."""
+
+    whole: Additive
+
+    def scaled(self, by: float) -> AdditiveRows:
+        return AdditiveRows(self.whole.scaled(by), self.start, self.stop)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray] | None:
+        pair = self.whole.factors()
+        return None if pair is None else (pair[0][self.start : self.stop], pair[1])
+
+
+@dataclass(frozen=True)
+class Stacked(Additive):
+    """Additive updates of row-stacked weights; ``heights`` are the rows of each, None stands for no change."""
+
+    parts: tuple[Additive | None, ...]
+    heights: tuple[int, ...]
+
+    @property
+    def kind(self) -> str:
+        return self._known[0].kind
+
+    @property
+    def _known(self) -> list[Additive]:
+        return [part for part in self.parts if part is not None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(self.heights), *self._known[0].shape[1:])
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {f"{n}.{slot}": t for n, part in enumerate(self.parts) if part for slot, t in part.slots.items()}
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        prepared = [part.prepare(load, strength) if part else None for part in self.parts]
+        edges = list(accumulate(self.heights, initial=0))
+
+        def delta(start: int, stop: int, base: Array | None) -> Array:
+            blocks: list[Array] = []
+            for part, low, high in zip(prepared, edges, edges[1:], strict=False):
+                first, last = max(start, low), min(stop, high)
+                if first < last:
+                    blocks.append(part.delta(first - low, last - low, None) if part else last - first)
+            like = next((block for block in blocks if not isinstance(block, int)), None)
+            width = math.prod(self.shape[1:])
+            if like is None:
+                some = load(next(iter(self.slots.values())).slice(0, 1))
+                like = namespace(some).zeros((0, width), dtype=some.dtype)
+            zeros = [_zeros(like, block, width) if isinstance(block, int) else block for block in blocks]
+            return namespace(like).concatenate(alike(zeros))
+
+        return Prepared(delta)
+
+    def scaled(self, by: float) -> Stacked:
+        return replace(self, parts=tuple(part and part.scaled(by) for part in self.parts))
+
+
+def _zeros(like: Array, rows: int, width: int) -> Array:
+    """A block of zeros [rows, width] beside ``like``: its library, dtype and device."""
+    return like.new_zeros((rows, width)) if namespace(like) is not np else np.zeros((rows, width), like.dtype)
+
+
+def rows(update: Update, start: int, stop: int) -> Update:
+    """The exact update of output rows [start, stop) of a fused weight.
+
+    LoRAs share the down factor; a DoRA by output keeps its rows' magnitudes. Raises FormatError where the rows
+    cannot be told apart (a magnitude for each input is a norm over all of them).
+    """
+    if (start, stop) == (0, update.shape[0]):
+        return update
+    if isinstance(update, LowRank) and update.layer == "plain":
+        return replace(update, up=update.up.slice(start, stop))
+    if isinstance(update, Dense):
+        return replace(update, value=update.value.slice(start, stop))
+    if isinstance(update, Replace):
+        return replace(update, value=update.value.slice(start, stop))
+    if isinstance(update, DoRA):
+        if update.axis == 1:
+            raise FormatError("a DoRA magnitude for each input of a fused projection cannot be split exactly")
+        direction = rows(update.direction, start, stop)
+        assert isinstance(direction, LowRank)
+        return replace(update, direction=direction, magnitude=update.magnitude.reshape(update.magnitude.size).slice(start, stop))
+    return AdditiveRows(update, start, stop) if isinstance(update, Additive) else Rows(update, start, stop)
+
+
+def stack(parts: Sequence[Update | None], heights: Sequence[int]) -> Update | None:
+    """The update of weights stacked by rows, exactly; ``heights`` are the rows of each, None stands for no change.
+
+    The whole again where the parts are its rows; LoRAs of one down factor keep their rank; of several, the factors
+    are stacked block-diagonally. None where no such update exists (a DoRA beside nothing, rotations).
+    """
+    parts = tuple(parts)
+    if len(parts) == 1:
+        return parts[0]
+    if whole := _whole_of(parts, heights):
+        return whole
+    if all(isinstance(part, DoRA) and part.axis == 0 for part in parts):
+        return _stacked_dora([part for part in parts if isinstance(part, DoRA)], heights)
+    known = [part for part in parts if part is not None]
+    if any(not isinstance(part, Additive) for part in known):
+        return None
+    lows = [None if part is None else as_low_rank(part) for part in parts]
+    if all(
+        (low is None) == (part is None) and (low is None or low.layer == "plain")
+        for low, part in zip(lows, parts, strict=True)
+    ):
+        return _stacked_pairs(lows, heights)
+    wholes = [part for part in known if isinstance(part, Dense)]
+    if len(wholes) == len(parts) and len({(part.scaling, part.kind) for part in wholes}) == 1:
+        return replace(wholes[0], value=Tensor.joined([part.value for part in wholes]))
+    return Stacked(tuple(part for part in parts if part is None or isinstance(part, Additive)), tuple(heights))
+
+
+def _whole_of(parts: Sequence[Update | None], heights: Sequence[int]) -> Update | None:
+    """The update that ``parts`` are the rows of, in order and all of them."""
+    first = parts[0]
+    if not isinstance(first, Rows) or first.whole.shape[0] != sum(heights):
+        return None
+    edges = accumulate(heights, initial=0)
+    for part, start in zip(parts, edges, strict=False):
+        if not isinstance(part, Rows) or part.whole is not first.whole or part.start != start:
+            return None
+    return first.whole
+
+
+def _stacked_dora(parts: Sequence[DoRA], heights: Sequence[int]) -> DoRA | None:
+    direction = stack([part.direction for part in parts], heights)
+    if not isinstance(direction, LowRank):
+        return None
+    return DoRA(direction, Tensor.joined([part.magnitude.reshape(part.magnitude.size) for part in parts]), 0)
+
+
+def _stacked_pairs(lows: Sequence[LowRank | None], heights: Sequence[int]) -> LowRank:
+    """One LoRA of row-stacked weights."""
+    known = [low for low in lows if low is not None]
+    first = known[0]
+    if len(known) == 1 or all(_shares_down(first, low) for low in known[1:]):
+        ups = [
+            low.up if low else Tensor.of(np.zeros((rows, *first.up.shape[1:]), numpy_dtype(first.up.dtype)))
+            for low, rows in zip(lows, heights, strict=True)
+        ]
+        return replace(first, up=Tensor.joined(ups))
+    equal = len({low.scaling for low in known}) == 1
+    rank = sum(low.rank for low in known)
+    dtypes = {low.up.dtype for low in known}
+    exact = equal and len(dtypes) == 1
+    up = np.zeros((sum(heights), rank), numpy_dtype(first.up.dtype) if exact else np.float32)  # [o1+o2+.., r1+r2+..]
+    row = column = 0
+    for low, height in zip(lows, heights, strict=True):
+        if low is not None:
+            values = low.up.array() if exact else low.up.float() * (1.0 if equal else low.scaling)
+            up[row : row + height, column : column + low.rank] = values.reshape(height, low.rank)
+            column += low.rank
+        row += height
+    down = Tensor.joined([low.down for low in known])
+    plain = all(low.alpha is None for low in known)
+    alpha = None if plain or not equal else first.scaling * rank
+    return LowRank(down, Tensor.of(up), alpha=alpha)
+
+
+def _shares_down(one: LowRank, other: LowRank) -> bool:
+    """Whether two LoRAs differ in their up factors only: slices of one fused pair, also after a way through a file."""
+    alike_in_words = (one.scaling, one.down.dtype, one.up.dtype, one.mid) == (
+        other.scaling,
+        other.down.dtype,
+        other.up.dtype,
+        other.mid,
+    )
+    return alike_in_words and (one.down is other.down or one.down.same_bytes(other.down))
 
 
 def as_low_rank(update: Update) -> LowRank | None:

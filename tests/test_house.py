@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("files",),
     ("tensors", "hashes"),
     ("update", "pickles", "architectures/*"),
+    ("kinds/*",),
     ("adapter", "keys", "linalg", "devices"),
     ("model", "plan"),
     ("names",),
@@ -33,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("__main__",),
 )
-TOGETHER = ("architectures", "formats", "ops")  # folders whose files may import each other
+TOGETHER = ("architectures", "formats", "kinds", "onnx", "ops")  # folders whose files may import each other
 
 
 def floor(module: str) -> int:

@@ -5,7 +5,8 @@ Read: ``<module>.lora_A[.weight]`` / ``.lora_B`` or ``.lora_down`` / ``.lora_up`
 ``.diff_b``; what else ends in ``.weight`` or ``.bias`` is a whole tensor. Written: bare module paths,
 ``.lora_A.weight`` / ``.lora_B.weight`` and a scalar ``.alpha``; ``up @ down`` is the update of an [o,i] weight. What
 names and shapes cannot say (rank-stabilised scaling, Embedding and transposed layers, the axis of a magnitude,
-scalings of whole deltas) stands in the metadata under ``loratool.modules``: nothing of the representation is lost.
+scalings of whole deltas) stands in the metadata under ``loratool.modules``; updates of other kinds stand under
+``loratool.updates``, their tensors named ``<target>.<field>``: nothing of the representation is lost.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from loratool import kinds
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
 from loratool.errors import FormatError
 from loratool.formats.base import Evidence, Format
 from loratool.keys import Layout, require_pair
-from loratool.tensors import FLOATS, Tensor, write_safetensors
+from loratool.tensors import FLOATS, SafetensorsFile, Tensor, write_safetensors
 from loratool.update import Additive, Dense, DoRA, LowRank, Sum, Update
 
 LAYOUT = Layout(
@@ -51,8 +53,10 @@ LAYOUT = Layout(
         ("bias", ".lora_B.bias"),
     ),
 )
+_DEPTH = 8  # updates inside updates: rows of a sum of DoRAs is three
 OWN = Layout(LAYOUT.slots)  # what is written
 MODULES = "loratool.modules"  # metadata: what names and shapes cannot say, JSON by module
+OTHERS = "loratool.updates"  # metadata: updates of other kinds by target, JSON; each tensor as {"tensor": its name}
 SOURCE = "loratool.source"  # metadata: the configuration of the file this one was made from, JSON
 
 
@@ -68,7 +72,8 @@ def read(evidence: Evidence) -> Adapter:
     """Read a raw file. Raises FormatError for what is malformed."""
     file = evidence.file
     own = MODULES in file.metadata  # ours: no spelling but our own, so that a whole tensor may be called mlp.up.weight
-    grouped, rest = (OWN if own else LAYOUT).group(file.tensors, where=file.path)
+    others, plain = _others(file)
+    grouped, rest = (OWN if own else LAYOUT).group(plain, where=file.path)
     extra = _extra(file.metadata, file.path)
     updates: dict[str, Update] = {}
     missing = 0
@@ -80,6 +85,8 @@ def read(evidence: Evidence) -> Adapter:
         missing += any(u.rank is not None and u.alpha is None for u in found.values())
         for name, update in found.items():
             updates[name] = join(updates[name], update) if name in updates else update
+    for name, update in others.items():
+        updates[name] = join(updates[name], update) if name in updates else update
     for key in rest:
         if not own and not key.endswith((".weight", ".bias")):
             raise FormatError("a tensor whose meaning is unknown", f"{file.path}: {key}")
@@ -88,11 +95,39 @@ def read(evidence: Evidence) -> Adapter:
         format="raw",
         path=evidence.path,
         weights=(evidence.weights,),
-        strings={k: v for k, v in file.metadata.items() if k not in (MODULES, SOURCE)},
+        strings={k: v for k, v in file.metadata.items() if k not in (MODULES, OTHERS, SOURCE)},
         **_table(file.metadata, SOURCE, _SOURCE, file.path),
         warnings=tuple(warnings),
     )
     return Adapter(updates, rest, metadata, {})
+
+
+def _others(file: SafetensorsFile) -> tuple[dict[str, Update], dict[str, Tensor]]:
+    """Updates of the kinds that pairs cannot say, and the tensors that are left."""
+    table = _table(file.metadata, OTHERS, None, file.path)
+    rest = dict(file.tensors)
+    found: dict[str, Update] = {}
+    for target, words in table.items():
+        try:
+            found[target] = kinds.built(_checked(_resolved(words, file.tensors, rest), OTHERS, None, file.path))
+        except FormatError as error:
+            raise FormatError(error.what, error.where or f"{file.path}: {target}", error.hint) from None
+    return found, rest
+
+
+def _resolved(words: Any, tensors: Mapping[str, Tensor], rest: dict[str, Tensor], depth: int = 0) -> Any:
+    """Words of an update with the tensors that they name, which are taken out of ``rest``."""
+    if depth > _DEPTH:
+        raise FormatError("updates inside updates too deep to follow")
+    if isinstance(words, dict) and words.keys() == {"tensor"}:
+        key = words["tensor"]
+        if not isinstance(key, str) or key not in tensors:
+            raise FormatError(f"the metadata {OTHERS} names a tensor {str(key)[:80]!r} that is not there")
+        rest.pop(key, None)
+        return tensors[key]
+    if isinstance(words, dict):
+        return {key: _resolved(value, tensors, rest, depth + 1) for key, value in words.items()}
+    return [_resolved(value, tensors, rest, depth + 1) for value in words] if isinstance(words, list) else words
 
 
 def numbered(module: str) -> tuple[str, int]:
@@ -215,8 +250,18 @@ def write(adapter: Adapter, path: Path) -> None:
     """Write a raw file."""
     tensors: dict[str, Tensor] = dict(adapter.carried)
     extra: dict[str, dict[str, Any]] = {}
+    others: dict[str, Any] = {}
     for name, update in adapter.updates.items():
         parts = update.parts if isinstance(update, Sum) else (update,)
+        if not all(map(_is_plain, parts)):
+            words = kinds.stored(update)
+            found = kinds.tensors(words)
+            keys = {
+                id(tensor): f"{name}.{path}" for path, tensor in found.items()
+            }  # a tensor used twice is written once
+            others[name] = _named(words, keys)
+            tensors.update({keys[id(tensor)]: tensor for tensor in found.values()})
+            continue
         for number, part in enumerate(parts, 1):
             module = name.removesuffix(".bias") if is_bias(name) else name
             module = module if number == 1 else f"{module}#{number}"
@@ -225,6 +270,8 @@ def write(adapter: Adapter, path: Path) -> None:
             if more:
                 extra.setdefault(module, {}).update(more)
     metadata = dict(adapter.metadata.strings)
+    if others:
+        metadata[OTHERS] = json.dumps(others, sort_keys=True, separators=(",", ":"))
     metadata[MODULES] = json.dumps(extra, sort_keys=True, separators=(",", ":"))
     source = {
         "architecture": adapter.metadata.architecture,
@@ -235,6 +282,21 @@ def write(adapter: Adapter, path: Path) -> None:
     if known:
         metadata[SOURCE] = json.dumps(known, sort_keys=True, separators=(",", ":"))
     write_safetensors(path, tensors, metadata)
+
+
+def _is_plain(update: Update) -> bool:
+    """Whether pairs (and whole deltas) say it."""
+    inner = update.direction if isinstance(update, DoRA) else update
+    return isinstance(inner, LowRank) or isinstance(update, Dense)
+
+
+def _named(words: Any, keys: Mapping[int, str]) -> Any:
+    """Words of an update with names in the place of tensors."""
+    if isinstance(words, Tensor):
+        return {"tensor": keys[id(words)]}
+    if isinstance(words, dict):
+        return {key: _named(value, keys) for key, value in words.items()}
+    return [_named(value, keys) for value in words] if isinstance(words, list) else words
 
 
 def stored(update: Update, bias: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

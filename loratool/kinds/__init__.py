@@ -1,0 +1,88 @@
+"""The kinds of update beyond LoRA, one dataclass each; and how any update is taken apart and put together again.
+
+A kind's fields are its tensors (or tuples of them, or None), updates inside it, and plain scalars: so a format that
+carries every kind need not know any. Adding one: a dataclass, an entry in `KINDS`, a sample in the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from loratool.errors import FormatError
+from loratool.tensors import Tensor
+from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Replace, Rows, Stacked, Sum, Update
+
+_CLASSES: tuple[type[Update], ...] = (LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked)
+KINDS: Mapping[str, type[Update]] = {kind.__name__: kind for kind in _CLASSES}
+
+
+def stored(update: Update) -> dict[str, Any]:
+    """An update as a JSON object whose leaves are scalars, and `Tensor`s.
+
+    ``{"type": name of the class, field: value, ...}``; fields that have their default are left out.
+    """
+    found: dict[str, Any] = {"type": type(update).__name__}
+    for field in fields(update):  # type: ignore[arg-type]
+        value = getattr(update, field.name)
+        if value != field.default:
+            found[field.name] = _apart(value)
+    return found
+
+
+def _apart(value: Any) -> Any:
+    """A field as JSON with tensors for leaves."""
+    if isinstance(value, Update):
+        return stored(value)
+    return [_apart(item) for item in value] if isinstance(value, tuple) else value
+
+
+def built(words: Mapping[str, Any]) -> Update:
+    """The update that `stored` took apart. Raises FormatError for an unknown type or fields that do not fit it."""
+    kind = KINDS.get(str(words.get("type")))
+    if kind is None:
+        raise FormatError(f"an update of unknown type {words.get('type')!r}", hint="written by a newer loratool?")
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    given = {name: _together(value) for name, value in words.items() if name != "type"}
+    if strangers := given.keys() - known:
+        raise FormatError(f"{kind.__name__} has no field {sorted(strangers)[0]!r}")
+    hints = get_type_hints(kind)
+    for name, value in given.items():
+        if not _is(hints[name], value):
+            raise FormatError(f"{kind.__name__} has a field {name} that cannot be {str(value)[:40]!r}")
+    try:
+        return kind(**given)
+    except TypeError as error:  # a field that is missing
+        raise FormatError(f"the fields of {kind.__name__} do not fit: {error}") from None
+
+
+def _is(hint: Any, value: Any) -> bool:
+    """Whether a value is of a field's type: classes, None, literals, unions and tuples are what fields have."""
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in inner
+    if get_origin(hint) is tuple:
+        rest = inner[:1] * len(value) if inner[-1] is ... and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(rest) == len(value) and all(map(_is, rest, value))
+    if inner:
+        return any(_is(one, value) for one in inner)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint or (isinstance(hint, type) and issubclass(hint, Update) and isinstance(value, hint))
+
+
+def _together(value: Any) -> Any:
+    """The inverse of `_apart`."""
+    if isinstance(value, Mapping):
+        return built(value)
+    return tuple(_together(item) for item in value) if isinstance(value, list) else value
+
+
+def tensors(words: Any, path: str = "") -> dict[str, Tensor]:
+    """The tensors of what `stored` gave, by their path: ``direction.down``, ``parts.0.up``."""
+    if isinstance(words, Tensor):
+        return {path: words}
+    pairs = words.items() if isinstance(words, Mapping) else enumerate(words) if isinstance(words, list) else ()
+    return {k: t for key, value in pairs for k, t in tensors(value, f"{path}.{key}" if path else str(key)).items()}
