@@ -68,7 +68,10 @@ class Prepared:
 class Update(ABC):
     """What an adapter does to one weight. ``shape`` is that of the weight, as the base stores it."""
 
-    needs_base = True
+    @property
+    def needs_base(self) -> bool:
+        """Whether the change depends on the weight, or its shape on that of the weight."""
+        return True
 
     @property
     @abstractmethod
@@ -78,7 +81,15 @@ class Update(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight it changes, in the base's orientation."""
+        """Shape of the weight it changes, in the base's orientation; 0 for an axis that the file does not tell."""
+
+    def sized(self, shape: tuple[int, ...]) -> Update | None:
+        """The update for a weight that the base stores in ``shape``; None where it is for another."""
+        return self if trimmed(self.shape) == trimmed(shape) else None
+
+    def low_rank(self) -> LowRank | None:
+        """The same delta as one LoRA, exactly, with tensors made when they are read; None where there is none."""
+        return None
 
     @property
     @abstractmethod
@@ -116,7 +127,9 @@ class Update(ABC):
 class Additive(Update):
     """An update with a fixed delta: W' = W + delta."""
 
-    needs_base = False
+    @property
+    def needs_base(self) -> bool:
+        return False
 
     def delta(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of the delta, scaling included: shape [rows, *rest], float32 or wider."""
@@ -666,7 +679,8 @@ def as_low_rank(update: Update) -> LowRank | None:
     A core is folded into down and several LoRAs are concatenated, in float32; a plain LoRA stays as it is.
     """
     parts = update.parts if isinstance(update, Sum) else (update,)
-    lows = [part for part in parts if isinstance(part, LowRank)]
+    found = [part if isinstance(part, LowRank) else part.low_rank() for part in parts]
+    lows = [low for low in found if low is not None]
     layers = {low.layer for low in lows}
     if len(lows) < len(parts) or len(layers) != 1:
         return None
