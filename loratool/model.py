@@ -91,9 +91,21 @@ class Model:
         """The stored shape of a tensor."""
         return self.parameters[name][0].tensor.shape
 
+    def rows_of(self, slot: Slot) -> Tensor:
+        """The rows of a stored tensor that a slot means, as they are stored. Raises MatchError."""
+        return pick(self.parameters[slot.tensor][0].tensor, slot)
+
     def config_of(self, name: str) -> Mapping[str, Any]:
         """The configuration of the component that a tensor belongs to."""
         return self.configs.get(self.parameters[name][0].weights.prefix, {})
+
+
+def pick(tensor: Tensor, slot: Slot) -> Tensor:
+    """The rows of ``tensor`` that a slot means, as they are stored. Raises MatchError where it has no such rows."""
+    if slot.whole:
+        return tensor
+    pieces = [tensor.slice(start, stop) for start, stop in slot.ranges(tensor.rows)]
+    return pieces[0] if len(pieces) == 1 else Tensor.joined(pieces)
 
 
 def read_model(path: str | Path, allow_links: bool = False) -> Model:

@@ -17,7 +17,7 @@ from loratool.architectures import Slot
 from loratool.architectures.llm import CONV1D_MODELS, CONV1D_NAMES, RENAMED_PREFIXES
 from loratool.errors import MatchError
 from loratool.model import Model
-from loratool.update import DoRA, LowRank, Update, trimmed
+from loratool.update import Update
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,11 @@ def match(adapter: Adapter, model: Model) -> tuple[list[Match], list[Unmatched]]
 def orient(update: Update, target: str, place: Slot, model: Model) -> Update:
     """``update`` in the orientation in which ``model`` stores the weight. Raises MatchError when no shape fits."""
     stored = model.shape(place.tensor)
-    if place.parts > 1 and stored[0] % place.parts:
-        raise MatchError(f"{list(stored)} is not {place.parts} equal parts", place.tensor)
-    wanted = (stored[0] // place.parts, *stored[1:])
+    wanted = place.shape(stored)
     for candidate in _orientations(update, place, model):
-        if trimmed(candidate.shape) == trimmed(wanted):
-            return candidate
+        sized = candidate.sized(wanted)
+        if sized is not None:
+            return sized
     raise MatchError(
         f"shapes differ: the adapter's update is {list(update.shape)}, the base's weight {list(wanted)}",
         f"{target} -> {place.tensor}",
@@ -169,16 +168,16 @@ def orient(update: Update, target: str, place: Slot, model: Model) -> Update:
 
 def _orientations(update: Update, place: Slot, model: Model) -> list[Update]:
     """The orientations to try, likeliest first: what the architecture says goes before what the file believes."""
-    if not isinstance(update, (LowRank, DoRA)) or update.layer == "embedding":
+    turned = getattr(update, "oriented", None)  # None: held as the base stores it
+    layer = getattr(update, "layer", "plain")
+    if turned is None or layer == "embedding" or len(update.shape) > 2:
         return [update]
-    if len(update.shape) > 2:
-        return [update]
-    plain, transposed = update.oriented("plain"), update.oriented("transposed")
+    plain, transposed = turned("plain"), turned("transposed")
     if place.transposed:
         return [transposed]
     verdict = stores_transposed(place.tensor, model)
     if verdict is None:  # nothing is known of this model: the file's word, then the shape's
-        return [transposed, plain] if update.layer == "transposed" else [plain]
+        return [transposed, plain] if layer == "transposed" else [plain]
     return [transposed] if verdict else [plain]
 
 

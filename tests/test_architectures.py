@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 from loratool.architectures import (
@@ -21,6 +22,9 @@ from loratool.architectures import (
 )
 from loratool.architectures.base import PREFIXES
 from loratool.architectures.sd import SD1, SD2, SDXL
+from loratool.errors import MatchError
+from loratool.model import pick
+from loratool.tensors import Tensor
 
 CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3
 CROSS_UP = ("CrossAttnUpBlock2D",) * 3
@@ -165,8 +169,8 @@ def test_conv_targets_add_resnets_and_resampling_but_no_ends_and_no_norms() -> N
 def test_slots_are_one_to_one_and_fill_whole_tensors(known: Architecture) -> None:
     slots = list(known.checkpoint().values())
     assert len(set(slots)) == len(slots)
-    for tensor in {slot.tensor for slot in slots if slot.parts > 1}:
-        assert {slot.part for slot in slots if slot.tensor == tensor} == {0, 1, 2}
+    for tensor in {slot.tensor for slot in slots if not slot.whole}:
+        assert {slot.pieces for slot in slots if slot.tensor == tensor} == {((n, n + 1),) for n in range(3)}
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -200,13 +204,14 @@ def test_openclip_is_what_diffusers_converts_it_to(name: str, component: str, pr
     }
     file = {}
     for tag, slot in enumerate(slots.values()):
-        matrix = torch.arange(2.0 * slot.parts * 2).reshape(-1, 2) + 100 * tag
+        matrix = torch.arange(2.0 * slot.of * 2).reshape(-1, 2) + 100 * tag
         file[slot.tensor] = matrix[:, 0] if slot.tensor.endswith("bias") else matrix
     config = type("Config", (), {"hidden_size": 2})
     converted = single_file.convert_open_clip_checkpoint(type("Model", (), {"config": config}), file, prefix)
 
     def taken(slot: Slot) -> list[object]:
-        rows = file[slot.tensor].chunk(slot.parts)[slot.part]
+        (start, stop), *_ = slot.ranges(len(file[slot.tensor]))
+        rows = file[slot.tensor][start:stop]
         return (rows.T if slot.transposed else rows).tolist()
 
     assert all(slot.tensor.startswith(prefix) for slot in slots.values())
@@ -230,9 +235,30 @@ def test_queries_keys_and_values_are_rows_of_one_openclip_tensor() -> None:
     for part, leaf in enumerate(("q_proj", "k_proj", "v_proj")):
         module = f"text_encoder_2.text_model.encoder.layers.7.self_attn.{leaf}"
         start = "conditioner.embedders.1.model.transformer.resblocks.7.attn.in_proj"
-        assert SDXL.checkpoint()[f"{module}.weight"] == Slot(f"{start}_weight", part, 3)
-        assert SDXL.checkpoint()[f"{module}.bias"] == Slot(f"{start}_bias", part, 3)
-        assert Slot("", part, 3).stored((1280, 1280)) == (3840, 1280)
+        assert SDXL.checkpoint()[f"{module}.weight"] == Slot(f"{start}_weight", ((part, part + 1),), 3)
+        assert SDXL.checkpoint()[f"{module}.bias"] == Slot(f"{start}_bias", ((part, part + 1),), 3)
+        assert Slot("", ((part, part + 1),), 3).stored((1280, 1280)) == (3840, 1280)
+
+
+def test_a_slot_is_rows_of_any_proportions() -> None:
+    """q, k, v and mlp of one projection, and a half swap, in units: real and narrow widths alike."""
+    mlp = Slot("linear1", ((3, 7),), 7)
+    assert mlp.ranges(7 * 3072) == ((9216, 21504),) and mlp.ranges(14) == ((6, 14),)
+    assert mlp.shape((14, 5)) == (8, 5) and mlp.stored((8, 5)) == (14, 5) and not mlp.whole
+    swapped = Slot("final", ((1, 2), (0, 1)), 2)
+    assert swapped.ranges(6) == ((3, 6), (0, 3)) and not swapped.whole
+    assert swapped.shape((6, 4)) == swapped.stored((6, 4)) == (6, 4)
+    assert Slot("x").whole and Slot("x").shape((5, 3, 1)) == (5, 3, 1) and Slot("x").shape(()) == ()
+    with pytest.raises(MatchError, match="15 rows are not 7 equal parts"):
+        mlp.ranges(15)
+
+
+def test_the_rows_of_a_slot_are_put_one_below_the_other() -> None:
+    stored = Tensor.of(np.arange(12).reshape(6, 2))
+    rows = pick(stored, Slot("x", ((1, 2), (0, 1)), 2)).array()
+    assert rows.reshape(-1).tolist() == [*range(6, 12), *range(6)]
+    assert pick(stored, Slot("x")) is stored
+    assert pick(stored, Slot("x", ((2, 3),), 3)).array().reshape(-1).tolist() == [8, 9, 10, 11]
 
 
 def test_the_text_encoder_of_1_has_two_spellings_in_single_files() -> None:

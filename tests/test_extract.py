@@ -565,7 +565,7 @@ def test_a_single_file_beside_a_pipeline(tmp_path: Path) -> None:
     tuned = retuned(TINY, tmp_path / "pipeline", low_rank(2, vectors=False, only="attn"))
     slots = known.checkpoint()
     places = read_model(tuned).parameters
-    ldm = {slots[n].tensor: at[0].tensor for n, at in places.items() if n in slots and slots[n].parts == 1}
+    ldm = {slots[n].tensor: at[0].tensor for n, at in places.items() if n in slots and slots[n].whole}
     write_safetensors(tmp_path / "ldm.safetensors", ldm, {})
     report = compute.extract(TINY, tmp_path / "ldm.safetensors", tmp_path / "lora", rank=2, exclude="^vae")
     same = compute.extract(TINY, tuned, tmp_path / "same", rank=2, exclude="^vae")

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from loratool.architectures.table import NameTable
+from loratool.errors import MatchError
 
 Shape = tuple[int, ...]
 
@@ -57,20 +58,47 @@ def split(name: str) -> tuple[str, str] | None:
     return None
 
 
+Ranges = tuple[tuple[int, int], ...]
+"""Row ranges [start, stop), in the order in which they are put one below the other."""
+
+
 class Slot(NamedTuple):
     """Where a parameter lives inside a single-file checkpoint.
 
-    It is row slice ``part`` of ``parts`` equal ones of ``tensor``, and the transpose of it if ``transposed``.
+    It is the rows ``pieces`` of ``tensor``, one below the other, counted in units of which the tensor has ``of``: a
+    query of three equal parts is ((0, 1),) of 3, swapped halves are ((1, 2), (0, 1)) of 2. If ``transposed``, it is
+    the transpose of them.
     """
 
     tensor: str
-    part: int = 0
-    parts: int = 1
+    pieces: Ranges = ((0, 1),)
+    of: int = 1
     transposed: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the tensor as it stands, no rows of it, nor these in another order."""
+        return self.pieces == ((0, self.of),)
+
+    @property
+    def units(self) -> int:
+        """How many of the tensor's ``of`` units it takes."""
+        return sum(stop - start for start, stop in self.pieces)
+
+    def ranges(self, rows: int) -> Ranges:
+        """The pieces in rows, where the tensor has ``rows``. Raises MatchError where these are no whole units."""
+        if rows % self.of:
+            raise MatchError(f"{rows} rows are not {self.of} equal parts", self.tensor)
+        unit = rows // self.of
+        return tuple((start * unit, stop * unit) for start, stop in self.pieces)
+
+    def shape(self, stored: Shape) -> Shape:
+        """The shape of its rows, where the tensor has shape ``stored``: as stored, not transposed."""
+        return (sum(stop - start for start, stop in self.ranges(stored[0])), *stored[1:]) if stored else ()
 
     def stored(self, shape: Shape) -> Shape:
         """The shape of the whole of ``tensor`` where the parameter has ``shape``."""
-        rows = (shape[0] * self.parts, *shape[1:])
+        rows = (shape[0] * self.of // self.units, *shape[1:])
         return rows[::-1] if self.transposed else rows
 
 
@@ -178,7 +206,7 @@ class Architecture:
     def _slots(self) -> dict[str, Slot]:
         slots = {f"{row.reference}.weight": row.weight for row in self._rows}
         slots |= {f"{row.reference}.bias": row.bias for row in self._rows if row.bias}
-        NameTable(tuple((name, f"{slot.tensor} part {slot.part}") for name, slot in slots.items()))
+        NameTable(tuple((name, f"{slot.tensor} rows {slot.pieces} of {slot.of}") for name, slot in slots.items()))
         return slots
 
 

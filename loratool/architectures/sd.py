@@ -178,7 +178,8 @@ def _clip_slot(clip: Clip, name: str, tensor: str, kind: str) -> Slot:
     stored = clip.prefix + tensor.format(kind)
     leaf = name.rpartition(".")[2]
     if leaf in _QKV:
-        return Slot(stored, _QKV.index(leaf), len(_QKV))
+        part = _QKV.index(leaf)
+        return Slot(stored, ((part, part + 1),), len(_QKV))
     return Slot(stored, transposed=leaf == "text_projection")
 
 

@@ -241,7 +241,7 @@ def _summed(name: str, parts: Sequence[tuple[float, Tensor]], holder: Adapter, m
         raise MatchError("whole tensors cannot be summed without the base", holder.spelling(name), hint)
     place = model.places[hit[0]]
     base = model.parameters[place.tensor][0].tensor
-    if place.parts > 1 or place.transposed or any(t.shape != base.shape for _, t in parts):
+    if not place.whole or place.transposed or any(t.shape != base.shape for _, t in parts):
         raise MatchError("whole tensors of another shape than the base's cannot be summed", holder.spelling(name))
     start = base.float().astype(np.float64)
     total = start + sum(s * (tensor.float().astype(np.float64) - start) for s, tensor in parts)

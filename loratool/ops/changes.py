@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from loratool.model import Location, Model
 from loratool.names import Names, Unmatched, has_number, match, module_of
 from loratool.plan import Part
 from loratool.tensors import FLOATS, Tensor
-from loratool.update import LowRank, Replace, trimmed
+from loratool.update import LowRank, Replace, Update, rows, trimmed
 
 
 @dataclass
@@ -123,7 +123,7 @@ def _trained_on(model: Model, adapter: Adapter) -> Model:
     names, resized = Names(model.places), {}
     for name, tensor in adapter.carried.items():
         hit = names.find(name) if _own(adapter, name) else None
-        if isinstance(hit, tuple) and model.places[hit[0]].parts == 1:
+        if isinstance(hit, tuple) and model.places[hit[0]].whole:
             at = model.parameters[model.places[hit[0]].tensor][0]
             if tensor.shape != at.tensor.shape and tensor.shape[1:] == at.tensor.shape[1:]:
                 resized[model.places[hit[0]].tensor] = (Location(at.weights, at.key, tensor),)
@@ -135,12 +135,22 @@ def _place_updates(changes: Changes, adapter: Adapter, strength: float, model: M
     changes.unmatched += [Unmatched(adapter.spelling(u.name), u.why) for u in unmatched]
     for found in matches:
         slot = found.place
-        rows = model.shape(slot.tensor)[0] // slot.parts
-        start = slot.part * rows
-        part = Part(found.update, strength, start, start + rows, adapter.spelling(found.target))
         if strength:  # at strength 0 the base keeps its very bytes
-            changes.parts.setdefault(slot.tensor, []).append(part)
+            parts = _parts(found.update, slot, model.shape(slot.tensor), strength, adapter.spelling(found.target))
+            changes.parts.setdefault(slot.tensor, []).extend(parts)
         changes.modules += not is_bias(found.target)
+
+
+def _parts(update: Update, slot: Slot, stored: Sequence[int], strength: float, module: str) -> Iterator[Part]:
+    """An update of a parameter -> what it does to each piece of the stored tensor that the parameter is made of.
+
+    Raises FormatError where the rows of an update cannot be told apart.
+    """
+    done = 0
+    for start, stop in slot.ranges(stored[0] if stored else 1):
+        piece = update if len(slot.pieces) == 1 else rows(update, done, done + stop - start)
+        yield Part(piece, strength, start, stop, module)
+        done += stop - start
 
 
 def _place_carried(changes: Changes, adapter: Adapter, strength: float, model: Model) -> None:
@@ -157,7 +167,7 @@ def _place_carried(changes: Changes, adapter: Adapter, strength: float, model: M
             continue
         slot = model.places[hit[0]]
         own = _own(adapter, name)
-        if own and slot.parts == 1 and tensor.same_values(model.parameters[slot.tensor][0].tensor):
+        if own and slot.whole and tensor.same_values(model.parameters[slot.tensor][0].tensor):
             continue  # a copy of the base
         _replace(changes, slot, tensor, 1.0 if own else strength, adapter.spelling(name), model)
 
@@ -165,10 +175,10 @@ def _place_carried(changes: Changes, adapter: Adapter, strength: float, model: M
 def _replace(changes: Changes, slot: Slot, tensor: Tensor, strength: float, module: str, model: Model) -> None:
     """One whole tensor that stands in for the base's, or for rows of it."""
     stored = model.shape(slot.tensor)
-    shape = (stored[0] // slot.parts, *stored[1:])
+    shape = slot.shape(stored)
     tensor = tensor.T if slot.transposed else tensor
     same = trimmed(tensor.shape) == trimmed(shape)
-    if not same and (tensor.shape[1:] != shape[1:] or slot.parts > 1 or strength != 1.0):
+    if not same and (tensor.shape[1:] != shape[1:] or not slot.whole or strength != 1.0):
         raise MatchError(
             f"a whole tensor of shape {list(tensor.shape)} for {list(shape)}", f"{module} -> {slot.tensor}"
         )
@@ -179,7 +189,7 @@ def _replace(changes: Changes, slot: Slot, tensor: Tensor, strength: float, modu
         return
     others = changes.parts.get(slot.tensor, [])
     alone = earlier is None and not any(isinstance(part.update, Replace) for part in others)
-    if slot.parts == 1 and strength == 1.0 and alone:
+    if slot.whole and strength == 1.0 and alone:
         changes.replaced[slot.tensor] = tensor.reshape(*stored) if same else tensor
         return
     parts = changes.parts.setdefault(slot.tensor, [])
@@ -188,8 +198,7 @@ def _replace(changes: Changes, slot: Slot, tensor: Tensor, strength: float, modu
             raise MatchError("two adapters carry different tensors of one name", module, "merge one after the other")
         del changes.replaced[slot.tensor]
         parts.append(Part(Replace(earlier), 1.0, 0, stored[0], module))
-    start = slot.part * shape[0]
-    parts.append(Part(Replace(tensor), strength, start, start + shape[0], module))
+    parts.extend(_parts(Replace(tensor), slot, stored, strength, module))
 
 
 def _agree(table: dict[str, Tensor], name: str, tensor: Tensor) -> None:

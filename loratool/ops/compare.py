@@ -121,11 +121,7 @@ def placed(name: str, update: Update, model: Model | None) -> Placed:
             raise MatchError("a module has no target in the base", str(hit))
         return update, None
     place = model.places[hit[0]]
-    whole = model.parameters[place.tensor][0].tensor
-    rows = whole.rows // place.parts
-    start = place.part * rows
-    part = Tensor(whole.dtype, (rows, *whole.shape[1:]), lambda a, b: whole.load(start + a, start + b))
-    return orient(update, name, place, model), part
+    return orient(update, name, place, model), model.rows_of(place)
 
 
 def squares(first: Placed, second: Placed) -> _Squares:

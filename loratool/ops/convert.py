@@ -42,7 +42,7 @@ def fit(adapter: Adapter, model: Model, allow_unmatched: bool = False) -> tuple[
     for found in matches:
         del updates[found.target]
         # a renamed place goes by the base's name; rows of a fused weight keep the module's own
-        named = found.how != "exact" and found.place.parts == 1 and not found.place.transposed
+        named = found.how != "exact" and found.place.whole and not found.place.transposed
         name = module_of(found.place.tensor) if named else found.target
         updates[name] = found.update
         spellings[name] = adapter.spelling(found.target)

@@ -17,7 +17,7 @@ from loratool.architectures.llm import EMBEDDING_LEAVES, Tie
 from loratool.devices import one_blas_thread
 from loratool.errors import FormatError, MatchError, NumericError, UsageError, some
 from loratool.linalg import EXACT_SIDE, Truncation, adaptive_svd, exact_svd, rank_for_error, to_numpy, truncated_svd
-from loratool.model import Location, Model
+from loratool.model import Location, Model, pick
 from loratool.names import Names, Unmatched, has_number, module_of, stores_transposed
 from loratool.ops.changes import extreme, with_head
 from loratool.ops.spectral import Choice, ModuleResult, Piece, Result, choose_ranks, header_size
@@ -40,28 +40,23 @@ _SECONDS = 10.0  # for all matching of --include and --exclude
 
 @dataclass(frozen=True)
 class View:
-    """One weight in a file: rows [start, stop) of a stored tensor, or of its transpose."""
+    """One weight in a file: (rows of) a stored tensor, or the transpose of these."""
 
     tensor: Tensor
-    start: int
-    stop: int
     transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
-        shape = (self.stop - self.start, *self.tensor.shape[1:])
-        return shape[::-1] if self.transposed else shape
+        return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
 
     def handle(self) -> Tensor:
         """The weight as a tensor of its own."""
-        whole = (self.start, self.stop) == (0, self.tensor.rows)
-        rows = self.tensor if whole else self.tensor.slice(self.start, self.stop)
-        return rows.T if self.transposed else rows
+        return self.tensor.T if self.transposed else self.tensor
 
     def float(self) -> np.ndarray:
         """The weight in float32 or wider, [o,i*k]."""
-        values = self.tensor.float(self.start, self.stop)
+        values = self.tensor.float()
         return values.T if self.transposed else values.reshape(len(values), -1)
 
 
@@ -264,8 +259,7 @@ def _alike(base: Sequence[Location], tuned: Sequence[Location]) -> tuple[Locatio
 
 
 def _view(tensor: Tensor, slot: Slot) -> View:
-    rows = tensor.rows // slot.parts
-    return View(tensor, slot.part * rows, (slot.part + 1) * rows, slot.transposed)
+    return View(pick(tensor, slot), slot.transposed)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -281,7 +275,7 @@ def _another_vocabulary(name: str, one: tuple[int, ...], other: tuple[int, ...],
     config = model.config_of(slot.tensor)
     text = config.get("text_config")
     told = [c["vocab_size"] for c in (config, text) if isinstance(c, dict) and "vocab_size" in c]
-    return slot.parts == 1 and (one[0] in told if told else owner(name).rpartition(".")[2] in _HEADS)
+    return slot.whole and (one[0] in told if told else owner(name).rpartition(".")[2] in _HEADS)
 
 
 def _worth(name: str, shape: tuple[int, ...]) -> bool:
@@ -407,11 +401,11 @@ def each_pair(
 
     Every module runs on one BLAS thread, so that results do not depend on how many there are.
     """
-    firsts: dict[tuple[int, int, int, int], Pair] = {}
+    firsts: dict[tuple[int, int], Pair] = {}
     for pair in pairs:
         firsts.setdefault(_identity(pair), pair)
     total, done = sum(pair.nbytes for pair in firsts.values()), 0
-    results: dict[tuple[int, int, int, int], Done] = {}
+    results: dict[tuple[int, int], Done] = {}
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         for pair, result in zip(firsts.values(), pool.map(compute, firsts.values()), strict=True):
             results[_identity(pair)] = result
@@ -422,9 +416,9 @@ def each_pair(
         yield pair, results[_identity(pair)]
 
 
-def _identity(pair: Pair) -> tuple[int, int, int, int]:
+def _identity(pair: Pair) -> tuple[int, int]:
     """The same for pairs of the very same values."""
-    return id(pair.base.tensor), pair.base.start, id(pair.tuned.tensor), pair.tuned.start
+    return id(pair.base.tensor), id(pair.tuned.tensor)
 
 
 def _made(pair: Pair, task: Task, given: int | None = None) -> Made | None:
