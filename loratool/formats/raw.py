@@ -53,7 +53,6 @@ LAYOUT = Layout(
         ("bias", ".lora_B.bias"),
     ),
 )
-_DEPTH = 8  # updates inside updates: rows of a sum of DoRAs is three
 OWN = Layout(LAYOUT.slots)  # what is written
 MODULES = "loratool.modules"  # metadata: what names and shapes cannot say, JSON by module
 OTHERS = "loratool.updates"  # metadata: updates of other kinds by target, JSON; each tensor as {"tensor": its name}
@@ -104,30 +103,14 @@ def read(evidence: Evidence) -> Adapter:
 
 def _others(file: SafetensorsFile) -> tuple[dict[str, Update], dict[str, Tensor]]:
     """Updates of the kinds that pairs cannot say, and the tensors that are left."""
-    table = _table(file.metadata, OTHERS, None, file.path)
-    rest = dict(file.tensors)
+    used: set[str] = set()
     found: dict[str, Update] = {}
-    for target, words in table.items():
+    for target, words in _table(file.metadata, OTHERS, None, file.path).items():
         try:
-            found[target] = kinds.built(_checked(_resolved(words, file.tensors, rest), OTHERS, None, file.path))
+            found[target] = kinds.unspelled(words, file.tensors, used)
         except FormatError as error:
             raise FormatError(error.what, error.where or f"{file.path}: {target}", error.hint) from None
-    return found, rest
-
-
-def _resolved(words: Any, tensors: Mapping[str, Tensor], rest: dict[str, Tensor], depth: int = 0) -> Any:
-    """Words of an update with the tensors that they name, which are taken out of ``rest``."""
-    if depth > _DEPTH:
-        raise FormatError("updates inside updates too deep to follow")
-    if isinstance(words, dict) and words.keys() == {"tensor"}:
-        key = words["tensor"]
-        if not isinstance(key, str) or key not in tensors:
-            raise FormatError(f"the metadata {OTHERS} names a tensor {str(key)[:80]!r} that is not there")
-        rest.pop(key, None)
-        return tensors[key]
-    if isinstance(words, dict):
-        return {key: _resolved(value, tensors, rest, depth + 1) for key, value in words.items()}
-    return [_resolved(value, tensors, rest, depth + 1) for value in words] if isinstance(words, list) else words
+    return found, {name: tensor for name, tensor in file.tensors.items() if name not in used}
 
 
 def numbered(module: str) -> tuple[str, int]:
@@ -254,13 +237,8 @@ def write(adapter: Adapter, path: Path) -> None:
     for name, update in adapter.updates.items():
         parts = update.parts if isinstance(update, Sum) else (update,)
         if not all(map(_is_plain, parts)):
-            words = kinds.stored(update)
-            found = kinds.tensors(words)
-            keys = {
-                id(tensor): f"{name}.{path}" for path, tensor in found.items()
-            }  # a tensor used twice is written once
-            others[name] = _named(words, keys)
-            tensors.update({keys[id(tensor)]: tensor for tensor in found.values()})
+            others[name], own = kinds.spelled(update, name)
+            tensors.update(own)
             continue
         for number, part in enumerate(parts, 1):
             module = name.removesuffix(".bias") if is_bias(name) else name
@@ -288,15 +266,6 @@ def _is_plain(update: Update) -> bool:
     """Whether pairs (and whole deltas) say it."""
     inner = update.direction if isinstance(update, DoRA) else update
     return isinstance(inner, LowRank) or isinstance(update, Dense)
-
-
-def _named(words: Any, keys: Mapping[int, str]) -> Any:
-    """Words of an update with names in the place of tensors."""
-    if isinstance(words, Tensor):
-        return {"tensor": keys[id(words)]}
-    if isinstance(words, dict):
-        return {key: _named(value, keys) for key, value in words.items()}
-    return [_named(value, keys) for value in words] if isinstance(words, list) else words
 
 
 def stored(update: Update, bias: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,6 +16,7 @@ from loratool.tensors import Tensor
 from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Replace, Rows, Stacked, Sum, Update
 
 _CLASSES: tuple[type[Update], ...] = (LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked)
+_DEPTH = 8  # updates inside updates: rows of a sum of DoRAs is three
 KINDS: Mapping[str, type[Update]] = {kind.__name__: kind for kind in _CLASSES}
 
 
@@ -80,9 +81,52 @@ def _together(value: Any) -> Any:
     return tuple(_together(item) for item in value) if isinstance(value, list) else value
 
 
-def tensors(words: Any, path: str = "") -> dict[str, Tensor]:
+def spelled(update: Update, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An update as pure JSON, each tensor as ``{"tensor": name}``, and the tensors by name: ``<prefix>.<field>``."""
+    words = stored(update)
+    found = _leaves(words)
+    names = {id(tensor): f"{prefix}.{path}" for path, tensor in found.items()}  # one used twice is named once
+    return _named(words, names), {names[id(tensor)]: tensor for tensor in found.values()}
+
+
+def unspelled(words: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Update:
+    """The update that `spelled` wrote; the names of its tensors are added to ``used``.
+
+    Raises FormatError for anything that is none.
+    """
+    found = _resolved(words, tensors, used, 0)
+    if not isinstance(found, dict):
+        raise FormatError("words of an update that are no table")
+    return built(found)
+
+
+def _leaves(words: Any, path: str = "") -> dict[str, Tensor]:
     """The tensors of what `stored` gave, by their path: ``direction.down``, ``parts.0.up``."""
     if isinstance(words, Tensor):
         return {path: words}
     pairs = words.items() if isinstance(words, Mapping) else enumerate(words) if isinstance(words, list) else ()
-    return {k: t for key, value in pairs for k, t in tensors(value, f"{path}.{key}" if path else str(key)).items()}
+    return {k: t for key, value in pairs for k, t in _leaves(value, f"{path}.{key}" if path else str(key)).items()}
+
+
+def _named(words: Any, names: Mapping[int, str]) -> Any:
+    """Words with names in the place of tensors."""
+    if isinstance(words, Tensor):
+        return {"tensor": names[id(words)]}
+    if isinstance(words, dict):
+        return {key: _named(value, names) for key, value in words.items()}
+    return [_named(value, names) for value in words] if isinstance(words, list) else words
+
+
+def _resolved(words: Any, tensors: Mapping[str, Tensor], used: set[str], depth: int) -> Any:
+    """Words with tensors in the place of their names."""
+    if depth > _DEPTH:
+        raise FormatError("updates inside updates too deep to follow")
+    if isinstance(words, dict) and words.keys() == {"tensor"}:
+        name = words["tensor"]
+        if not isinstance(name, str) or name not in tensors:
+            raise FormatError(f"an update names a tensor {str(name)[:80]!r} that is not there")
+        used.add(name)
+        return tensors[name]
+    if isinstance(words, dict):
+        return {key: _resolved(value, tensors, used, depth + 1) for key, value in words.items()}
+    return [_resolved(value, tensors, used, depth + 1) for value in words] if isinstance(words, list) else words
