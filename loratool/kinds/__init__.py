@@ -12,10 +12,16 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loratool.errors import FormatError
+from loratool.kinds.experts import Experts
+from loratool.kinds.tokens import Tokens
+from loratool.kinds.truncated import Truncated
 from loratool.tensors import Tensor
 from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Replace, Rows, Stacked, Sum, Update
 
-_CLASSES: tuple[type[Update], ...] = (LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked)
+_CLASSES: tuple[type[Update], ...] = (
+    *(LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked),
+    *(Experts, Tokens, Truncated),
+)
 _DEPTH = 8  # updates inside updates: rows of a sum of DoRAs is three
 KINDS: Mapping[str, type[Update]] = {kind.__name__: kind for kind in _CLASSES}
 
