@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests import models
+from tests import models, onnx_models
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +58,9 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def real() -> Path:
     """The folder of published adapters; skips where it is absent."""
     return models.real_adapters()
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> onnx_models.Graphs:
+    """`graphs.export("llama")`, `graphs.adapter("llama")`: tiny ONNX graphs and their adapters; read them only."""
+    return onnx_models.Graphs(tmp_path_factory.mktemp("onnx"))
