@@ -16,7 +16,8 @@ class Metadata:
     """Where an adapter comes from and what its file said beside the tensors.
 
     ``strings`` is the metadata of the safetensors file, ``config`` a JSON configuration beside it (PEFT),
-    ``extras`` other files of its folder that a merged model should carry (tokenizer), ``warnings`` what is odd.
+    ``base_config`` the config.json of the base where that is known, ``extras`` other files of its folder that a merged
+    model should carry (tokenizer), ``warnings`` what is odd.
     ``scaling_known`` is False where the file does not tell the scaling.
     """
 
@@ -25,6 +26,7 @@ class Metadata:
     weights: tuple[Path, ...] = ()
     strings: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    base_config: Mapping[str, Any] = field(default_factory=dict)
     extras: tuple[Path, ...] = ()
     architecture: str | None = None
     base_model: str | None = None

@@ -413,13 +413,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         with open(path, "xb") as file:
             file.write(head)
             for tensor in ordered.values():
-                _write_tensor(file, tensor)
+                write_data(file, tensor)
             return file.tell()
     except OSError as error:
         raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", path) from None
 
 
-def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+def write_data(file: BinaryIO, tensor: Tensor) -> None:
     """Append a tensor's bytes, a few MiB of rows at a time."""
     if tensor.size == 0:
         return

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
     ("files",),
     ("tensors", "hashes"),
-    ("update", "pickles", "architectures/*"),
+    ("update", "pickles", "gguf", "npz", "architectures/*"),
     ("kinds/*",),
     ("adapter", "keys", "linalg", "devices"),
     ("model", "plan"),

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratool.adapter import Adapter, Loss
-from loratool.errors import FormatError
+from loratool.errors import FormatError, UsageError
 from loratool.files import check_link, existing, inside, read_json
+from loratool.gguf import looks_gguf, read_gguf
+from loratool.model import Model
+from loratool.npz import looks_npz, read_npz
 from loratool.pickles import looks_pickled, read_pickle
 from loratool.tensors import SafetensorsFile, Tensor, canonical_order, header_bytes, read_safetensors
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
-_PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
+_PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin", "lit_model.pth.lora", "adapter_model.pt")
+_SUFFIXES = (".safetensors", ".npz", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Evidence:
     scaling: float | None = None
     modules: tuple[str, ...] = field(default=(), repr=False)
     """Module names of the base, where the caller knows it: what flattened names are looked up in."""
+    base: Model | None = field(default=None, repr=False)
+    """The base itself, where the caller knows it: its shapes, its numbers of heads."""
 
     @cached_property
     def weights(self) -> Path:
@@ -43,13 +49,13 @@ class Evidence:
         for name in (*_WEIGHTS, *_PICKLED):
             if (path / name).exists() or (path / name).is_symlink():
                 return existing(inside(path, name, self.allow_links), "adapter")
-        found = sorted(p for p in path.glob("*.safetensors") if p.is_file())
+        found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
         if len(found) == 1:
             if found[0].is_symlink() and not self.allow_links:
                 check_link(found[0], path)
             return found[0]
         names = ", ".join(p.name for p in found[:3]) or "none"
-        raise FormatError(f"no adapter in this folder (safetensors files: {names})", path, "name the adapter file")
+        raise FormatError(f"no adapter in this folder (tensor files: {names})", path, "name the adapter file")
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -70,9 +76,23 @@ class Evidence:
     @cached_property
     def file(self) -> SafetensorsFile:
         """The opened tensors."""
+        if looks_gguf(self.weights):
+            return read_gguf(self.weights)
+        if looks_npz(self.weights):
+            return read_npz(self.weights)
         if looks_pickled(self.weights):
             return read_pickle(self.weights, self.allow_pickle)
         return read_safetensors(self.weights)
+
+    def beside(self, name: str) -> Path | None:
+        """The file of that name in the folder of the tensors, if it is there."""
+        folder = self.weights.parent
+        return inside(folder, name, self.allow_links) if (folder / name).is_file() else None
+
+    @property
+    def base_config(self) -> Mapping[str, Any]:
+        """The configuration of the base, where the caller knows it."""
+        return self.base.configs.get("", {}) if self.base else {}
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -80,12 +100,17 @@ class Evidence:
         return tuple(self.file.tensors)
 
 
+def _read_only(adapter: Adapter, path: Path) -> None:
+    raise UsageError("this format is only read", str(path))
+
+
 @dataclass(frozen=True)
 class Format:
     """One adapter format.
 
     ``sniff`` looks at headers only and says why it recognises the input (or None). ``losses`` is asked before
-    anything is written. ``write`` gets a path that does not exist yet and creates it, a file or a folder.
+    anything is written. ``write`` gets a path that does not exist yet and creates it, a file or a folder;
+    formats without it are only read.
     """
 
     name: str
@@ -94,8 +119,13 @@ class Format:
     container: Literal["file", "folder"]
     sniff: Callable[[Evidence], str | None]
     read: Callable[[Evidence], Adapter]
-    write: Callable[[Adapter, Path], None]
-    losses: Callable[[Adapter], list[Loss]]
+    write: Callable[[Adapter, Path], None] = _read_only
+    losses: Callable[[Adapter], list[Loss]] = lambda adapter: []
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is written, not only read."""
+        return self.write is not _read_only
 
 
 # ---------------------------------------------------------------- what formats share
