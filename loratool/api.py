@@ -112,8 +112,15 @@ def read(
     LoratoolError (no such path), FormatError (not recognised, malformed, unsupported), UsageError (unknown format).
     """
     reading = reading or Reading()
-    modules = model_of(base, reading).modules if base is not None else ()
-    evidence = Evidence(existing(path, "adapter"), reading.allow_pickle, reading.allow_links, reading.scaling, modules)
+    model = None if base is None else model_of(base, reading)
+    evidence = Evidence(
+        existing(path, "adapter"),
+        reading.allow_pickle,
+        reading.allow_links,
+        reading.scaling,
+        modules=model.modules if model else (),
+        base=model,
+    )
     return formats.read_adapter(evidence, format)
 
 
@@ -187,6 +194,7 @@ def plan_convert(
     target = source
     if model is not None:
         target, unmatched = fit(source, model, allow_unmatched)
+        target = target.with_metadata(base_config=model.configs.get("", {}))
     target = cast(target, stored)
     losses = formats.check_losses(target, chosen, allow_loss)
     warnings = (*source.metadata.warnings, *values.warnings)
@@ -231,13 +239,13 @@ def convert(
 def run_convert(planned: Conversion, *, overwrite: bool = False) -> ConvertReport:
     """Carry out a conversion: its output appears complete and flushed, or not at all."""
     from loratool.ops.convert import input_hashes, with_provenance
-    from loratool.tensors import CONTENT_HASH
+    from loratool.tensors import CONTENT_HASH, content_hash, digest
 
     adapter = planned.adapter
     inputs = input_hashes({f"adapter/{path.name}": path for path in adapter.metadata.weights})
     with staged(planned.out, overwrite) as temporary:
         planned.format.write(with_provenance(adapter, "convert", inputs), temporary)
-        written = Evidence(temporary).file
+        written = Evidence(temporary, allow_pickle=True).file  # our own
         size = sum(p.stat().st_size for p in (temporary, *temporary.rglob("*")) if p.is_file())
     return ConvertReport(
         output=str(planned.out),
@@ -247,7 +255,8 @@ def run_convert(planned: Conversion, *, overwrite: bool = False) -> ConvertRepor
         bytes_written=size,
         losses=tuple(map(str, planned.losses)),
         unmatched=planned.unmatched,
-        content_hash=written.metadata[CONTENT_HASH],
+        content_hash=written.metadata.get(CONTENT_HASH)
+        or content_hash((n, t.dtype, t.shape, digest(t)) for n, t in written.tensors.items()),
         operation="convert",
         version=__version__,
         inputs=inputs,
