@@ -26,6 +26,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("adapter", "keys", "linalg", "devices"),
     ("model", "plan"),
     ("names",),
+    ("onnx/*",),
+    ("onnx/*",),
     ("formats/*", "ops/*"),
     ("api",),
     ("plots",),

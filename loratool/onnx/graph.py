@@ -218,14 +218,14 @@ class _Reader:
         self.path, self.model, self.allow_links = path, model, allow_links
         self.file = FileBytes(path)
         self.externals: dict[str, FileBytes] = {}
-        self.holes = {id(proto): hole for proto, hole in zip(model.graph.initializer, holes, strict=True)}
+        self.initializers = list(model.graph.initializer)  # kept: protobuf makes another object at each look
+        self.holes = {id(proto): hole for proto, hole in zip(self.initializers, holes, strict=True)}
         self.scopes: list[Scope] = []
         self.nodes: list[Node] = []
         self.weights: dict[Value, Weight] = {}
         self.producers: dict[Value, Node] = {}
 
     def graph(self) -> Graph:
-        protos = list(self.model.graph.initializer)  # keeps the ids of the messages
         self._scope(self.model.graph, None, 0)
         self._check_others()
         graph = Graph(self.path, self.model, tuple(self.scopes), tuple(self.nodes), self.weights)
@@ -237,7 +237,6 @@ class _Reader:
                     uses.setdefault(value, []).append(Use(node, index))
         outputs = (graph.value(n, out.name) for n, scope in enumerate(self.scopes) for out in scope.proto.output)
         files = (self.path, *(file.path for file in self.externals.values()))
-        del protos
         return Graph(
             self.path,
             self.model,
