@@ -143,7 +143,7 @@ def write(
     from loratool.ops.convert import require_scaling
 
     require_scaling(adapter)
-    chosen = formats.by_name(format)
+    chosen = formats.to_write(format)
     inputs = {"the adapter": adapter.metadata.path} if adapter.metadata.path else {}
     out = prepare_output(path, overwrite, inputs)
     losses = formats.check_losses(adapter, chosen, allow_loss)
@@ -161,7 +161,7 @@ def inspect(path: Source, *, norms: bool = False, reading: Reading | None = None
 
 def list_formats() -> list[FormatRow]:
     """Every format: its name, whether it is read and written, and the kinds it can express."""
-    return [FormatRow(f.name, f.title, True, True, f.kinds) for f in formats.FORMATS]
+    return [FormatRow(f.name, f.title, True, f.writes, f.kinds) for f in formats.FORMATS]
 
 
 def plan_convert(
@@ -181,7 +181,7 @@ def plan_convert(
     from loratool.ops.changes import Changes, check_values
     from loratool.ops.convert import cast, fit, parse_dtype
 
-    chosen, stored, reading = formats.by_name(to), parse_dtype(dtype), reading or Reading()
+    chosen, stored, reading = formats.to_write(to), parse_dtype(dtype), reading or Reading()
     model = None if base is None else model_of(base, reading)
     source = (
         adapter if isinstance(adapter, Adapter) else read(adapter, format=source_format, base=model, reading=reading)

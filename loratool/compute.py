@@ -83,7 +83,7 @@ def extract(
     """
     from loratool.ops.extract import extract as compute
 
-    choice, reading, chosen = Choice(rank, energy, error, max_size), reading or Reading(), formats.by_name(to)
+    choice, reading, chosen = Choice(rank, energy, error, max_size), reading or Reading(), formats.to_write(to)
     one, other = model_of(base, reading), model_of(tuned, reading)
     path = prepare_output(out, overwrite, {"the base": one.path, "the tuned model": other.path})
     result = compute(
@@ -140,7 +140,7 @@ def resize(
     model = None if base is None else model_of(base, reading or Reading())
     source = _checked(adapter, reading, model)
     path = prepare_output(out, overwrite, _inputs([source], model))
-    chosen = formats.by_name(to or source.metadata.format)
+    chosen = formats.to_write(to, source.metadata.format)
     inputs = _weights([source], model)
     hashes = _hashed(inputs) if max_size is not None else {}
     result = compute(source, choice, model, stored, lambda made: _size(with_provenance(made, "resize", hashes), chosen))
@@ -229,7 +229,7 @@ def combine(
     return _write(
         result,
         path,
-        formats.by_name(to or sources[0].metadata.format),
+        formats.to_write(to, sources[0].metadata.format),
         "combine",
         _weights(sources),
         tuple(strengths) if strengths else (1.0,) * len(sources),
@@ -292,7 +292,7 @@ def _linear(
     model = None if base is None else model_of(base, reading or Reading())
     sources = [_checked(adapter, reading, model) for adapter in adapters]
     path = prepare_output(out, overwrite, _inputs(sources, model))
-    chosen = formats.by_name(to or sources[0].metadata.format)
+    chosen = formats.to_write(to, sources[0].metadata.format)
     result = compute(sources, strengths, rank, model)
     given = tuple(strengths) if strengths else (1.0,) * len(sources)
     inputs = _weights(sources, model)

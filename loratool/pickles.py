@@ -18,7 +18,7 @@ def looks_pickled(path: Path) -> bool:
 
 
 def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
-    """The tensors of a state dict saved with ``torch.save``; no code of the file is run.
+    """The tensors of a state dict, or of a list, saved with ``torch.save``; no code of the file is run.
 
     Raises FormatError unless ``allowed``, and where anything but tensors is in it.
     """
@@ -35,6 +35,10 @@ def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
     except Exception as error:  # whatever a damaged pickle makes the unpickler stumble over
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FormatError(f"not a readable pickle of tensors: {first[:200]}", path) from None
+    if isinstance(state, dict) and "string_to_param" in state:
+        raise FormatError("a textual inversion, not an adapter", path)
+    if isinstance(state, list):  # the factors of cloneofsimo/lora, by position
+        state = {str(position): value for position, value in enumerate(state)}
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise FormatError("the pickle holds more than a table of tensors", path)
     spelling = {d.torch: d.name for d in DTYPES.values()}

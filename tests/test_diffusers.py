@@ -350,7 +350,7 @@ def test_half_a_pair_or_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
     tensors = diffusion.diffusers(some(TO_Q))
     for change, said in (
         ({f"{TO_Q}.lora_B.weight": None}, "half a pair"),
-        ({f"{TO_Q}.scale": torch.ones(())}, "unknown"),
+        ({f"{TO_Q}.scales": torch.ones(())}, "unknown"),
         ({"lm_head.lora_A.weight": torch.ones(2, 2)}, "unknown"),
         ({f"{TO_Q}.lora_magnitude_vector": torch.ones(8), f"{TO_Q}.dora_scale": torch.ones(8)}, "both"),
     ):

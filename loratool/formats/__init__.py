@@ -9,19 +9,24 @@ import re
 
 from loratool.adapter import Adapter, Loss
 from loratool.errors import FormatError, LossError, UsageError, some
-from loratool.formats import diffusers, kohya, peft, raw
+from loratool.formats import attn_procs, cloneofsimo, diffusers, diffusers_old, kohya, peft, raw
 from loratool.formats.base import Evidence, Format
 
-FORMATS: tuple[Format, ...] = (peft.FORMAT, kohya.FORMAT, diffusers.FORMAT, raw.FORMAT)
+FORMATS: tuple[Format, ...] = (
+    cloneofsimo.FORMAT,
+    attn_procs.FORMAT,
+    diffusers_old.FORMAT,
+    peft.FORMAT,
+    kohya.FORMAT,
+    diffusers.FORMAT,
+    raw.FORMAT,
+)
 
 # dialects that are known by their keys but not read yet: refused by name, never half-read
 RECOGNISED: tuple[tuple[str, str], ...] = (
-    ("cloneofsimo", r"^[a-z_]+:\d+:(up|down)$"),
     ("a control LoRA (ControlNet)", r"^lora_controlnet$"),
     ("a ControlNet-LLLite", r"^lllite_"),
     ("xlabs", r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora"),
-    ("attn-procs", r"\.processor\.to_(q|k|v|out)_lora\."),
-    ("diffusers-old", r"\.lora\.(down|up)\.weight$|\.lora_linear_layer\.(down|up)\.weight$"),
     ("onetrainer", r"^lora_(transformer|prior_unet|prior_te)_"),
     ("kohya OFT", r"^oft_unet_|\.oft_blocks|\.oft_diag$"),
     ("lycoris (names of its own wrapper)", r"^lycoris_"),
@@ -35,8 +40,8 @@ RECOGNISED: tuple[tuple[str, str], ...] = (
     ("torchtune", r"\.lora_[ab]\.weight$"),
     ("a sparse residual (bias_indices)", r"\.bias_(indices|values|size)$"),
     ("a ComfyUI patch", r"\.(set_weight|reshape_weight)$"),
-    ("a textual inversion, not an adapter", r"^(emb_params|clip_[lg]|string_to_param|<[^>]+>)$"),
 )
+_INVERSION = re.compile(r"^(emb_params|clip_[lg]|t5|llama|string_to_param(\..*)?|<[^>]+>)$")  # all that a file has
 
 
 def by_name(name: str) -> Format:
@@ -48,8 +53,24 @@ def by_name(name: str) -> Format:
     raise UsageError("unknown format", repr(name), f"known formats: {known}")
 
 
+def to_write(name: str | None, source: str = "") -> Format:
+    """The format of that name, or where none is named the source's own, to be written. Raises UsageError.
+
+    Where the source's own is only read, it is kohya's: those are dialects of image models.
+    """
+    chosen = by_name(name or source)
+    if not chosen.writes and name is None:
+        return kohya.FORMAT
+    if not chosen.writes:
+        known = ", ".join(format.name for format in FORMATS if format.writes)
+        raise UsageError("a format that is only read", repr(name), f"formats that are written: {known}")
+    return chosen
+
+
 def detect(evidence: Evidence) -> tuple[Format, str]:
     """The format of an input and why, from its content only. Raises FormatError when none recognises it."""
+    if raw.MODULES in evidence.file.metadata:
+        return raw.FORMAT, "written by loratool"
     for name, pattern in RECOGNISED:
         found = next((key for key in evidence.keys if re.search(pattern, key)), None)
         if found is not None and "peft_type" not in evidence.config:
@@ -62,6 +83,8 @@ def detect(evidence: Evidence) -> tuple[Format, str]:
         reason = format.sniff(evidence)
         if reason:
             return format, reason
+    if evidence.keys and all(map(_INVERSION.match, evidence.keys)):
+        raise FormatError("this is a textual inversion, not an adapter", f"{evidence.weights}: {evidence.keys[0]}")
     sample = ", ".join(evidence.keys[:3]) or "none"
     raise FormatError("no known adapter format", evidence.path, f"tensors found: {sample}")
 

@@ -135,6 +135,11 @@ def normalise(key: str) -> str:
     key = _unwrapped(key)
     while key.startswith(PREFIX):
         key = key.removeprefix(PREFIX)
+    return without_adapter_name(key)
+
+
+def without_adapter_name(key: str) -> str:
+    """A key without the adapter's name before or in the place of its suffix."""
     return _ADAPTER_NAME.sub(r"\1", key)
 
 
