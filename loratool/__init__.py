@@ -34,6 +34,7 @@ _HOMES = {
     "read": "loratool.api",
     "resize": "loratool.compute",
     "subtract": "loratool.compute",
+    "unmerge": "loratool.api",
     "verify": "loratool.api",
     "write": "loratool.api",
 }
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from loratool.api import plan_convert as plan_convert
     from loratool.api import plan_merge as plan_merge
     from loratool.api import read as read
+    from loratool.api import unmerge as unmerge
     from loratool.api import verify as verify
     from loratool.api import write as write
     from loratool.compute import add as add

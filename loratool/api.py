@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loratool.ops.compare import Comparison
     from loratool.ops.inspect import Inspection
     from loratool.ops.merge import Merge, MergeReport, Progress
+    from loratool.ops.unmerge import UnmergeReport
     from loratool.ops.verify import VerifyReport
 
 AnyPath = str | os.PathLike[str]
@@ -301,6 +302,7 @@ def merge(
     dtype: str = "keep",
     device: str = "auto",
     allow_unmatched: bool = False,
+    undo: AnyPath | None = None,
     overwrite: bool = False,
     reading: Reading | None = None,
     progress: Progress | None = None,
@@ -308,14 +310,45 @@ def merge(
     """Write ``base`` + the sum of strength x update to ``out``: a folder for a folder, a file for a file.
 
     Streamed: memory is bounded by a few blocks and the factors of a tensor, whatever the model's size. For kinds
-    that need the base (DoRA): W + s (W' - W). Raises MatchError (a module without a target, a shape that differs),
-    NumericError (NaN, overflow), FormatError, UsageError, LoratoolError (output exists, I/O, out of disk).
+    that need the base (DoRA): W + s (W' - W). ``undo`` is a file to write, for `unmerge`. Raises MatchError (a module
+    without a target, a shape that differs), NumericError (NaN, overflow), FormatError, UsageError, LoratoolError
+    (output exists, I/O, out of disk).
     """
     from loratool.ops.merge import run_merge
 
     flat = flattened(adapters)
     planned = plan_merge(base, flat, strengths, dtype=dtype, allow_unmatched=allow_unmatched, reading=reading)
-    return run_merge(planned, os.fspath(out), device=device, overwrite=overwrite, progress=progress)
+    record = None if undo is None else os.fspath(undo)
+    return run_merge(planned, os.fspath(out), device=device, overwrite=overwrite, undo=record, progress=progress)
+
+
+def plan_unmerge(
+    merged: Base, out: AnyPath, *, undo: AnyPath, overwrite: bool = False, reading: Reading | None = None
+) -> dict[str, Any]:
+    """What an unmerge would write, as plain data. Raises all that `unmerge` would refuse before it writes."""
+    from loratool.ops.unmerge import describe
+
+    return describe(model_of(merged, reading or Reading()), existing(undo, "undo file"), os.fspath(out), overwrite)
+
+
+def unmerge(
+    merged: Base,
+    out: AnyPath,
+    *,
+    undo: AnyPath,
+    overwrite: bool = False,
+    reading: Reading | None = None,
+    progress: Progress | None = None,
+) -> UnmergeReport:
+    """Write the base that ``merged`` was made from, bit for bit, from the file that `merge` wrote as ``undo``.
+
+    Raises VerifyError when ``merged`` is another model than that merge wrote, FormatError when the undo file is
+    damaged, LoratoolError (output exists, I/O, out of disk). Nothing is written unless it is the base.
+    """
+    from loratool.ops.unmerge import unmerge
+
+    model = model_of(merged, reading or Reading())
+    return unmerge(model, existing(undo, "undo file"), os.fspath(out), overwrite=overwrite, progress=progress)
 
 
 def verify(
@@ -388,8 +421,10 @@ __all__ = [
     "merge",
     "plan_convert",
     "plan_merge",
+    "plan_unmerge",
     "read",
     "run_convert",
+    "unmerge",
     "verify",
     "write",
 ]

@@ -259,6 +259,7 @@ def convert_command(adapter: str, out: str, overwrite: bool, dry_run: bool, json
 @_strength
 @_dtype
 @_device
+@click.option("--undo", metavar="FILE", help="Write what unmerge needs to restore BASE bit for bit.")
 @_allow_unmatched
 @_overwrite
 @_dry_run
@@ -271,6 +272,7 @@ def merge_command(
     out: str,
     strength: Sequence[float],
     device: str,
+    undo: str | None,
     overwrite: bool,
     dry_run: bool,
     json: bool,
@@ -279,22 +281,47 @@ def merge_command(
     """Merge adapters into a base model: base + sum of strength x update, streamed, rounded once."""
     from loratool import api
     from loratool.devices import choose
-    from loratool.ops.merge import check_output, describe, run_merge
+    from loratool.ops.merge import check_outputs, describe, run_merge
     from loratool.show import show_merge
 
     planned = api.plan_merge(base, adapters, strength, **options)
     _explain(*planned.adapters)
     if dry_run:
-        check_output(planned, out, overwrite)
+        check_outputs(planned, out, undo, overwrite)
         _show_plan(describe(planned, out, choose(device, planned.plan.changed).name), json)
         return
     with _progress("merging") as progress:
-        report = run_merge(planned, out, device=device, overwrite=overwrite, progress=progress)
+        report = run_merge(planned, out, device=device, overwrite=overwrite, undo=undo, progress=progress)
     if json:
         _print_json(dataclasses.asdict(report))
     else:
         show_merge(report)
         _warn((*report.warnings, *(f"not applied: {name}" for name in report.unmatched)))
+
+
+@app.command("unmerge", short_help="Restore the base from a merged model, bit for bit.")
+@click.argument("merged")
+@_out
+@click.option("--undo", metavar="FILE", required=True, help="What merge --undo wrote.")
+@_overwrite
+@_dry_run
+@_json
+@_reads
+@_common
+def unmerge_command(merged: str, out: str, dry_run: bool, json: bool, **options: Any) -> None:
+    """Restore the base that MERGED was made from, bit for bit; refuse any other model."""
+    from loratool import api
+    from loratool.show import show_unmerge
+
+    if dry_run:
+        _show_plan(api.plan_unmerge(merged, out, **options), json)
+        return
+    with _progress("unmerging") as progress:
+        report = api.unmerge(merged, out, progress=progress, **options)
+    if json:
+        _print_json(dataclasses.asdict(report))
+    else:
+        show_unmerge(report)
 
 
 @app.command("verify", short_help="Prove that a model is the merge.")

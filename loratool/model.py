@@ -184,6 +184,15 @@ def _check_index(model: Model, name: str, index: Mapping[str, Any]) -> None:
             raise FormatError(f"the index places {key} in {shard}, which lacks it", where)
 
 
+def by_step_name(model: Model) -> dict[str, Tensor]:
+    """A model's tensors under the names that the steps of a plan have: with the file where several hold the name."""
+    named = {}
+    for name, places in model.parameters.items():
+        for at in places:
+            named[name if len(places) == 1 else f"{name} ({at.weights.name})"] = at.tensor
+    return named
+
+
 def other_files(model: Model) -> dict[str, Path]:
     """The files of a model folder that are not weights, by relative name."""
     return {name: model.path / name for name in model.others}

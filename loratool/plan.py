@@ -211,12 +211,17 @@ class Run:
     @property
     def outcome(self) -> Outcome:
         """Hashes and counts, once the run is through."""
-        digests = {name: b"".join(d for _, d in sorted(found.items())) for name, found in self._digests.items()}
+        digests = self.digests
         return Outcome(
             dict(self._hashes),
             content_hash((s.name, s.dtype, s.shape, digests.get(s.name, b"")) for s in self.plan.steps),
             self._tally,
         )
+
+    @property
+    def digests(self) -> dict[str, bytes]:
+        """The digest of every tensor, its blocks in order."""
+        return {name: b"".join(d for _, d in sorted(found.items())) for name, found in self._digests.items()}
 
     def _tasks(self) -> Iterator[tuple[Any, ...]]:
         """Calls to make, in the order of the files: what hashes a file runs beside what merges it."""

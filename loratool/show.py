@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loratool.ops.inspect import Inspection, Target
     from loratool.ops.merge import MergeReport
     from loratool.ops.rank import RankReport
+    from loratool.ops.unmerge import UnmergeReport
     from loratool.ops.verify import VerifyReport
 
 _ABRIDGED = 24  # rows of a long list on a terminal
@@ -164,6 +165,25 @@ def show_merge(report: MergeReport) -> None:
             ),
             ("rounding", f"{report.lost_to_rounding:.2%} of the changes too small for the stored dtype"),
             ("content", report.content_hash[:16]),
+            *((("undo", printable(report.undo)),) if report.undo else ()),
+        )
+    )
+
+
+def show_unmerge(report: UnmergeReport) -> None:
+    """What an unmerge wrote."""
+    print(f"restored {bold(printable(report.output))}, bit for bit")
+    facts(
+        (
+            (
+                "tensors",
+                f"{report.tensors_restored:,} restored, {report.tensors_copied:,} copied byte for byte",
+            ),
+            (
+                "written",
+                f"{size(report.bytes_written)} in {report.seconds:.2f} s, {size(report.peak_bytes)} of memory",
+            ),
+            ("content", report.content_hash[:16]),
         )
     )
 
@@ -205,28 +225,29 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         (t["name"], t["action"], t["dtype"], "x".join(map(str, t["shape"])), ", ".join(t.get("modules", ())))
         for t in plan["tensors"]
     ]
-    merging = "device" in plan
-    table(("tensor", "action", "dtype", "shape", "by") if merging else ("module", "tensor", "dtype", "shape", ""), rows)
-    print()
-    pairs = [("output", plan["output"]), ("modules", f"{plan['modules']:,}")]
-    if merging:
-        pairs += [
-            ("changed", f"{plan['tensors_changed']:,} tensors"),
-            ("copied", f"{plan['tensors_copied']:,} tensors, {len(plan['files'])} other files"),
-            ("arithmetic", f"{plan['device']}, {plan['threads']} threads"),
-        ]
-    else:
-        pairs.append(("format", f"{plan['source_format']} -> {plan['format']}"))
-    facts(
-        (
-            *pairs,
-            ("unmatched", _some(plan["unmatched"])),
-            ("to read", size(plan["bytes_to_read"])),
-            ("to write", size(plan["bytes_to_write"])),
-            ("disk needed", size(plan["disk_needed"])),
-            ("memory", f"{size(plan['peak_memory'])} for blocks and factors"),
-        )
+    converting = "source_format" in plan
+    table(
+        ("module", "tensor", "dtype", "shape", "") if converting else ("tensor", "action", "dtype", "shape", "by"), rows
     )
+    print()
+    facts((title, text) for title, key, say in _PLAN if key in plan and (text := say(plan)))
+
+
+_Say = Callable[[Mapping[str, Any]], str]
+_PLAN: tuple[tuple[str, str, _Say], ...] = (  # what is said of a plan that has the key
+    ("output", "output", lambda plan: str(plan["output"])),
+    ("modules", "modules", lambda plan: f"{plan['modules']:,}"),
+    ("changed", "tensors_changed", lambda plan: f"{plan['tensors_changed']:,} tensors"),
+    ("restored", "tensors_restored", lambda plan: f"{plan['tensors_restored']:,} tensors"),
+    ("copied", "files", lambda plan: f"{plan['tensors_copied']:,} tensors, {len(plan['files'])} other files"),
+    ("arithmetic", "device", lambda plan: f"{plan['device']}, {plan['threads']} threads"),
+    ("format", "source_format", lambda plan: f"{plan['source_format']} -> {plan['format']}"),
+    ("unmatched", "unmatched", lambda plan: _some(plan["unmatched"])),
+    ("to read", "bytes_to_read", lambda plan: size(plan["bytes_to_read"])),
+    ("to write", "bytes_to_write", lambda plan: size(plan["bytes_to_write"])),
+    ("disk needed", "disk_needed", lambda plan: size(plan["disk_needed"])),
+    ("memory", "peak_memory", lambda plan: f"{size(plan['peak_memory'])} for blocks and factors"),
+)
 
 
 def show_computed(report: ComputeReport) -> None:

@@ -29,7 +29,7 @@ from loratool import api, cli
 from loratool.errors import LoratoolError
 
 ROOT = Path(__file__).parent.parent
-CONVERTING = ("inspect", "formats", "convert", "merge", "verify", "compare")
+CONVERTING = ("inspect", "formats", "convert", "merge", "unmerge", "verify", "compare")
 COMPUTING = ("extract", "resize", "add", "subtract", "combine", "rank")
 COMMANDS = (*CONVERTING, *COMPUTING)
 FORMATS = ("peft", "kohya", "diffusers", "raw")
@@ -701,6 +701,25 @@ def test_merge_and_verify_json(run: Run, llama: Path, peft: Path, tmp_path: Path
     assert len(doubt.json["failures"]) == 14
     assert all(isinstance(failure["ulps"], int) and failure["ulps"] > 0 for failure in doubt.json["failures"])
     assert doubt.err.startswith("error: 14 tensors are not what the merge gives, model.layers.0")
+
+
+def test_a_merge_is_taken_back(run: Run, llama: Path, peft: Path, tmp_path: Path) -> None:
+    merged, undo, again = tmp_path / "merged", tmp_path / "undo", tmp_path / "again"
+    dry = run("merge", llama, peft, "-o", merged, "--undo", undo, "--dry-run")
+    assert dry.code == 0 and not list(tmp_path.iterdir())
+    told = run("merge", llama, peft, "-o", merged, "--undo", undo, "--json").json
+    assert told["undo"] == str(undo) and undo.stat().st_size > 0
+    plan = run("unmerge", merged, "-o", again, "--undo", undo, "--dry-run", "--json").json
+    assert plan["tensors_restored"] == told["tensors_changed"] and not again.exists()
+    report = run("unmerge", merged, "-o", again, "--undo", undo, "--json").json
+    assert report["tensors_restored"] == told["tensors_changed"]
+    for path in sorted(llama.iterdir()):
+        assert (again / path.name).read_bytes() == path.read_bytes()
+    assert run("unmerge", llama, "-o", tmp_path / "x", "--undo", undo).code == 7
+    assert run("unmerge", merged, "-o", tmp_path / "x", "--undo", merged / "config.json").code == 3
+    assert run("unmerge", merged, "-o", tmp_path / "x", "--undo", tmp_path / "none").code == 1
+    assert run("unmerge", merged, "-o", tmp_path / "x").code == 2
+    assert run("unmerge", merged, "-o", again, "--undo", undo, "--overwrite").out.startswith("restored ")
 
 
 def test_verify_for_people(run: Run, llama: Path, peft: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from loratool.files import check_space, prepare_output, staged
 from loratool.hashes import sha256
 from loratool.model import Model, WeightFile, stale_copies
 from loratool.ops.changes import Changes, account
+from loratool.ops.undo import check_undo, recording
 from loratool.plan import Outcome, OutputFile, Plan, Run, Step, Writer, thread_count
 from loratool.tensors import FLOATS, Tensor, header_bytes
 
@@ -47,6 +49,7 @@ class MergeReport:
     inputs: Mapping[str, str]
     device: str
     warnings: tuple[str, ...]
+    undo: str | None
 
 
 @dataclass(frozen=True)
@@ -241,15 +244,17 @@ def run_merge(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    undo: str | Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Carry out a merge: OUT appears complete and flushed, or not at all.
 
-    Raises LoratoolError (output exists, out of disk, I/O) and NumericError (NaN, overflow).
+    ``undo`` is a file to write, from which and from OUT the base can be restored bit for bit. Raises LoratoolError
+    (output exists, out of disk, I/O) and NumericError (NaN, overflow).
     """
     began = time.perf_counter()
-    path = check_output(merge, out, overwrite)
+    path, record = check_outputs(merge, out, undo, overwrite)
     chosen = choose(device, merge.plan.changed)
     with staged(path, overwrite) as temporary:
         folder = temporary if merge.model.is_folder else path.parent
@@ -258,9 +263,8 @@ def run_merge(
             temporary.mkdir()
             _copy_small(plan, temporary)
         heads = {o.name: len(_head(merge, o, chosen.name, _blank(plan))) for o in plan.outputs}
-        writer = Writer(folder, plan.outputs, heads)
-        try:
-            run = Run(plan, writer, chosen, threads or thread_count())
+        with closing(Writer(folder, plan.outputs, heads)) as writer, recording(merge, writer, record) as recorder:
+            run = Run(plan, recorder or writer, chosen, threads or thread_count())
             done = 0
             for count in run:
                 done += count
@@ -269,9 +273,10 @@ def run_merge(
             outcome = run.outcome
             for output in plan.outputs:
                 writer.write(output.name, 0, _head(merge, output, chosen.name, outcome))
-        finally:
-            writer.close()
-    return report(merge, str(path), outcome, chosen.name, time.perf_counter() - began)
+            if recorder is not None and record is not None:
+                with staged(record, overwrite) as half:
+                    recorder.write(half, outcome.content_hash)
+    return report(merge, str(path), outcome, chosen.name, time.perf_counter() - began, record)
 
 
 def check_output(merge: Merge, out: str | Path, overwrite: bool) -> Path:
@@ -281,6 +286,12 @@ def check_output(merge: Merge, out: str | Path, overwrite: bool) -> Path:
     path = prepare_output(out, overwrite, inputs)
     check_space(path.parent, merge.plan.bytes_written)
     return path
+
+
+def check_outputs(merge: Merge, out: str | Path, undo: str | Path | None, overwrite: bool) -> tuple[Path, Path | None]:
+    """Check where the output and the undo file go, and that there is room. Raises LoratoolError."""
+    path = check_output(merge, out, overwrite)
+    return path, None if undo is None else check_undo(merge, undo, path, overwrite)
 
 
 def _renamed(plan: Plan, name: str) -> Plan:
@@ -329,7 +340,9 @@ def provenance(operation: str, strengths: Sequence[float], outcome: Outcome, dev
     }
 
 
-def report(merge: Merge, output: str, outcome: Outcome, device: str, seconds: float) -> MergeReport:
+def report(
+    merge: Merge, output: str, outcome: Outcome, device: str, seconds: float, undo: Path | None = None
+) -> MergeReport:
     """The report of a finished run."""
     return MergeReport(
         output=output,
@@ -348,6 +361,7 @@ def report(merge: Merge, output: str, outcome: Outcome, device: str, seconds: fl
         inputs=dict(sorted(outcome.hashes.items())),
         device=device,
         warnings=merge.plan.warnings,
+        undo=None if undo is None else str(undo),
     )
 
 

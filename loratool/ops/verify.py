@@ -11,7 +11,7 @@ import numpy as np
 
 from loratool.devices import choose
 from loratool.errors import VerifyError
-from loratool.model import Model
+from loratool.model import Model, by_step_name
 from loratool.ops.merge import Merge, MergeReport, Progress, report
 from loratool.plan import OutputFile, Run, Step, thread_count
 from loratool.tensors import Tensor
@@ -100,15 +100,6 @@ def verify(
     return VerifyReport(
         **{**base.__dict__, "operation": "verify", "bytes_written": 0}, ok=not failures, failures=failures
     )
-
-
-def by_step_name(model: Model) -> dict[str, Tensor]:
-    """A model's tensors under the names that steps have."""
-    named = {}
-    for name, places in model.parameters.items():
-        for at in places:
-            named[name if len(places) == 1 else f"{name} ({at.weights.name})"] = at.tensor
-    return named
 
 
 def _missing(merge: Merge, merged: Mapping[str, Tensor]) -> list[Failure]:
