@@ -27,7 +27,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model", "plan"),
     ("names",),
     ("onnx/*",),
-    ("onnx/*",),
     ("formats/*", "ops/*"),
     ("api",),
     ("plots",),
