@@ -13,6 +13,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loratool.errors import FormatError
 from loratool.kinds.experts import Experts
+from loratool.kinds.glora import GLoRA
+from loratool.kinds.hadamard import LoHa
+from loratool.kinds.kronecker import LoKr
+from loratool.kinds.rescale import IA3
+from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.kinds.tokens import Tokens
 from loratool.kinds.truncated import Truncated
 from loratool.tensors import Tensor
@@ -21,6 +26,7 @@ from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Replace, Rows, S
 _CLASSES: tuple[type[Update], ...] = (
     *(LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked),
     *(Experts, Tokens, Truncated),
+    *(LoHa, LoKr, GLoRA, IA3, OFT, SegmentOFT, BOFT, PeftOFT, PeftOldOFT, PeftBOFT),
 )
 _DEPTH = 8  # updates inside updates: rows of a sum of DoRAs is three
 KINDS: Mapping[str, type[Update]] = {kind.__name__: kind for kind in _CLASSES}

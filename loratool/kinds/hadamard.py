@@ -1,0 +1,118 @@
+"""LoHa: the element-wise product of two low-rank matrices.
+
+Source: LyCORIS (Yeh et al. 2024), FedPara (Hyeon-Woo et al. 2022); PEFT stores the same tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from loratool.errors import FormatError
+from loratool.kinds.halves import Half, Unfolding, made, wide
+from loratool.tensors import Array, Tensor
+from loratool.update import Load, LowRank, Prepared, alike
+
+
+@dataclass(frozen=True)
+class LoHa(Unfolding):
+    """LoHa: delta = scaling x (w1_a @ w1_b) * (w2_a @ w2_b), applied once (diffusion trap 2).
+
+    w*_a [o,r], w*_b [r,i*k]; around the cores t1 and t2 [r,r,*k], both or none, w*_a is [r,o] and w*_b [r,i].
+    ``alpha`` as stored (None: scaling 1); LyCORIS writes it with sqrt(r) multiplied in where the training was
+    rank-stabilised, so alpha / r is right there too (trap 3). ``weight`` is the weight's shape where the tensors
+    tell it flattened only. Raises FormatError when the shapes do not chain.
+    """
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    t1: Tensor | None = None
+    t2: Tensor | None = None
+    alpha: float | None = None
+    weight: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.t1 is None) != (self.t2 is None):
+            raise FormatError("one of the two Tucker cores t1 and t2 is missing")
+        one, other = (half.shape for half in self._halves)
+        if one[0] != other[0] or math.prod(one[1:]) != math.prod(other[1:]):
+            raise FormatError(f"the two products of a LoHa differ in shape: {list(one)} and {list(other)}")
+        self.check_weight()
+
+    @property
+    def _halves(self) -> tuple[Half, Half]:
+        return (
+            Half("w1", None, self.w1_a, self.w1_b, self.t1),
+            Half("w2", None, self.w2_a, self.w2_b, self.t2),
+        )
+
+    @property
+    def kind(self) -> str:
+        return "loha"
+
+    @property
+    def rank(self) -> int:
+        return self.w1_b.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, 1 without alpha."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def explicit_alpha(self) -> float:
+        """alpha, or where none is stored the one that says the same."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def told(self) -> tuple[int, ...]:
+        return self._halves[0].shape
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        cores = {"t1": self.t1, "t2": self.t2}
+        first, second = self._halves
+        return {**first.slots, **second.slots, **{name: t for name, t in cores.items() if t is not None}}
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        left, right, other_left, other_right = alike([t for half in self._halves for t in half.terms(load)])
+        left = left * (self.scaling * strength)
+
+        def delta(start: int, stop: int, base: Array | None) -> Array:
+            return (left[start:stop] @ right) * (other_left[start:stop] @ other_right)
+
+        return Prepared(delta)
+
+    def scaled(self, by: float) -> LoHa:
+        return replace(self, alpha=self.explicit_alpha * by)
+
+    def part(self, start: int, stop: int) -> LoHa:
+        def cut(a: Tensor) -> Tensor:
+            return a.slice(start, stop) if self.t1 is None else a.T.slice(start, stop).T
+
+        weight = self.weight and (stop - start, *self.weight[1:])
+        return replace(self, w1_a=cut(self.w1_a), w2_a=cut(self.w2_a), weight=weight)
+
+    def low_rank(self) -> LowRank | None:
+        """Of rank r x r: up[o,(p,q)] = a1[o,p] a2[o,q], down[(p,q),i] = b1[p,i] b2[q,i]; None where that is no gain."""
+        first, second = self._halves
+        rank = self.w1_b.shape[0] * self.w2_b.shape[0]
+        if rank >= min(self.shape[0], math.prod(self.shape[1:])):
+            return None
+
+        def up() -> np.ndarray:
+            one, _, other, _ = alike([*first.terms(Tensor.float), *second.terms(Tensor.float)])
+            return np.asarray(one[:, :, None] * other[:, None, :])  # [o,r,r]
+
+        def down() -> np.ndarray:
+            _, one, _, other = alike([*first.terms(Tensor.float), *second.terms(Tensor.float)])
+            return np.asarray(one[:, None, :] * other[None, :, :])  # [r,r,i*k]
+
+        dtype = wide(*self.slots.values())
+        alpha = None if self.alpha is None else self.scaling * rank
+        return LowRank(made(dtype, (rank, *self.shape[1:]), down), made(dtype, (self.shape[0], rank), up), alpha=alpha)

@@ -1,0 +1,554 @@
+"""OFT and BOFT: a weight turned by an orthogonal matrix that is block-diagonal, or a chain of such (a butterfly).
+
+An orthogonal block is stored as the skew-symmetric matrix of its Cayley transform. kohya and LyCORIS turn the outputs
+of a weight, W'_k = R_k^T W_k for each block of rows; PEFT since 0.14 turns the inputs, W' = W R^T. The change W' - W
+is what a strength multiplies, as for every kind (so do sd-scripts and LyCORIS' diag-OFT; LyCORIS' BOFT turns each
+factor less far instead). Source: Qiu et al. 2023, Liu et al. 2024; kohya-ss/sd-scripts `oft.py` and `oft_flux.py`,
+LyCORIS 4, AUTOMATIC1111 `network_oft.py`, huggingface/peft 0.11 to 0.21.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+
+from loratool.errors import FormatError
+from loratool.kinds.halves import wide
+from loratool.tensors import Array, Tensor
+from loratool.update import Layer, Load, Prepared, Update, alike, namespace
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One block-diagonal factor: ``turn`` [n,b,b], float64, acts on rows taken in ``order`` (None: as they are).
+
+    One block may stand for all.
+    """
+
+    turn: np.ndarray
+    order: np.ndarray | None = None
+
+
+class Rotation(Update):
+    """W' = gain * (M W) on the outputs of a layer, gain * (W M^T) on its inputs, a kernel flattened into these.
+
+    ``weight`` is the shape of the weight where it is known: the tensors tell one axis of it, and ``shape`` says 0 for
+    the others. ``layer`` says how the base stores the weight.
+    """
+
+    layer: Layer
+    weight: tuple[int, ...] | None
+    on_input = False
+    """Whether the inputs are turned."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Length of the axis that is turned; 0 where the base decides it."""
+
+    @property
+    @abstractmethod
+    def span(self) -> int:
+        """How many neighbours along the axis are mixed: the axis is a multiple of it."""
+
+    @property
+    def gain(self) -> Tensor | None:
+        """A factor for each output, after the turn."""
+        return None
+
+    @abstractmethod
+    def stages(self) -> list[Stage]:
+        """The block-diagonal factors of M, the first to act first."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows of the weight as the base stores it are turned; else its columns."""
+        return self.on_input == (self.layer == "transposed")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        others = self.gain.size if self.gain is not None and self.on_input else 0
+        return self.weight or ((self.size, others) if self.by_rows else (others, self.size))
+
+    def sized(self, shape: tuple[int, ...]) -> Update | None:
+        return replace(self, weight=shape) if self._fits(shape) else None  # type: ignore[type-var]
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the turned axis and the gain are of a weight of this shape."""
+        if len(shape) < 2:
+            return False
+        sides = shape[0], math.prod(shape[1:])
+        axis, outputs = sides[not self.by_rows], sides[self.layer == "transposed"]
+        return self.size in (0, axis) and axis % self.span == 0 and (self.gain is None or self.gain.size == outputs)
+
+    def _check(self) -> None:
+        """Raise FormatError where the parts do not fit each other."""
+        if self.size % self.span:
+            raise FormatError(f"a {self.kind} whose factors mix {self.span} rows of {self.size}")
+        if self.gain is not None and not self.on_input and self.gain.size != self.size:
+            raise FormatError(f"a {self.kind} of {self.size} outputs with {self.gain.size} factors")
+        if self.weight and not self._fits(self.weight):
+            raise FormatError(f"a {self.kind} of {self.size} rows or columns for a weight of shape {list(self.weight)}")
+
+    def oriented(self, layer: Layer) -> Update:
+        """The same update for a base that stores its weight as ``layer``."""
+        return replace(self, layer=layer, weight=None)  # type: ignore[type-var]
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        name = wide(*self.slots.values())
+        factors = [(load(Tensor.of(s.turn - np.eye(s.turn.shape[-1]), name)), s.order) for s in self.stages()]
+        gain = None if self.gain is None else load(self.gain).reshape(-1)
+
+        def reach(start: int, stop: int) -> tuple[int, int]:
+            return start // self.span * self.span, -(-stop // self.span) * self.span
+
+        def delta(start: int, stop: int, base: Array | None) -> Array:
+            assert base is not None
+            low, own = 0, base
+            if self.by_rows:
+                low, _ = reach(start, stop)
+                own = base[start - low : stop - low]
+                change = _turned(base, low, factors)[start - low : stop - low]
+            else:
+                change = _turned(base.T, 0, factors).T
+            if gain is not None:
+                by = gain[None, :] if self.layer == "transposed" else gain[start:stop, None]
+                change = change * by + own * (by - 1)
+            return change * strength
+
+        return Prepared(delta, reach=reach if self.by_rows else None)
+
+
+def _turned(value: Array, first: int, factors: list[tuple[Array, np.ndarray | None]]) -> Array:
+    """M W - W for rows ``value`` [rows,-1] of W, whole spans that begin at row ``first``; ``factors`` are less 1."""
+    change: Array = value * 0
+    for minus, order in factors:
+        turn, rows = alike([minus, value + change])
+        own = None if order is None else order[first : first + len(rows)] - first
+        rows = rows if own is None else rows[own]
+        size = turn.shape[-1]
+        count, index = len(rows) // size, first // size if len(turn) > 1 else 0
+        moved = (turn[index : index + count] @ rows.reshape(count, size, -1)).reshape(value.shape)  # [n,b,b] [n,b,-1]
+        change = change + (moved if own is None else moved[np.argsort(own)])
+    return change
+
+
+def skew(blocks: np.ndarray) -> np.ndarray:
+    """B - B^T of each block [..,b,b]."""
+    return np.asarray(blocks - np.swapaxes(blocks, -1, -2))
+
+
+def cayley(q: np.ndarray) -> np.ndarray:
+    """(1 + Q) (1 - Q)^-1 of skew-symmetric blocks [..,b,b]: orthogonal, and 1 - Q is never singular."""
+    one = np.eye(q.shape[-1])
+    return np.asarray(np.linalg.solve(one - q, one + q))
+
+
+def constrained(q: np.ndarray, limit: float) -> np.ndarray:
+    """Q, made shorter where its norm over all blocks exceeds ``limit``; 0 is no limit (diffusion 1.2.3)."""
+    norm = float(np.linalg.norm(q))
+    return np.asarray(q * (limit / norm)) if 0 < limit < norm else q
+
+
+def values(blocks: Tensor) -> np.ndarray:
+    """Stored blocks in float64."""
+    return blocks.float().astype(np.float64)
+
+
+def check_blocks(blocks: Tensor, axes: int) -> None:
+    """Raise FormatError where these are no square blocks [..,n,b,b]."""
+    shape = blocks.shape
+    if len(shape) != axes or shape[-1] != shape[-2] or blocks.size == 0:
+        raise FormatError(f"rotations of shape {list(shape)} are no {axes - 2 and 'stack of '}square blocks")
+
+
+# ---------------------------------------------------------------- kohya, LyCORIS: on the outputs
+
+
+@dataclass(frozen=True)
+class OFT(Rotation):
+    """diag-OFT: W'_k = rescale * R_k^T W_k, R = (1 + Q) (1 - Q)^-1, Q = B - B^T for each block B of rows.
+
+    oft_blocks [n,b,b] of n*b outputs, rescale of one value for each output. ``alpha`` as stored is the constraint,
+    times the outputs, on the norm of Q (kohya, LyCORIS, A1111; diffusion trap 45), none or 0 sets none. ``direct``:
+    the blocks hold R itself (LyCORIS before 2024, `oft_diag`), and alpha says nothing.
+    """
+
+    oft_blocks: Tensor
+    rescale: Tensor | None = None
+    alpha: float | None = None
+    direct: bool = False
+    layer: Layer = "plain"
+    weight: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_blocks(self.oft_blocks, 3)
+        self._check()
+
+    @property
+    def kind(self) -> str:
+        return "oft"
+
+    @property
+    def size(self) -> int:
+        return self.oft_blocks.shape[0] * self.span
+
+    @property
+    def span(self) -> int:
+        return self.oft_blocks.shape[-1]
+
+    @property
+    def gain(self) -> Tensor | None:
+        return self.rescale
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {"oft_blocks": self.oft_blocks, **({} if self.rescale is None else {"rescale": self.rescale})}
+
+    def stages(self) -> list[Stage]:
+        blocks = values(self.oft_blocks)
+        if not self.direct:
+            blocks = cayley(constrained(skew(blocks), (self.alpha or 0.0) * self.size))
+        return [Stage(np.swapaxes(blocks, -1, -2))]
+
+    def part(self, start: int, stop: int) -> Update | None:
+        """Rows of whole blocks; none where the constraint is one on all blocks together."""
+        limited = bool(self.alpha) and not self.direct
+        if start % self.span or stop % self.span or limited or not self.by_rows:
+            return None
+        return replace(
+            self,
+            oft_blocks=self.oft_blocks.slice(start // self.span, stop // self.span),
+            rescale=self.rescale and self.rescale.slice(start, stop),
+            weight=self.weight and (stop - start, *self.weight[1:]),
+        )
+
+
+@dataclass(frozen=True)
+class SegmentOFT(Rotation):
+    """kohya's OFT of a fused FLUX projection: a diag-OFT for each segment of the outputs (`oft_blocks.0`, `.1`, ...).
+
+    oft_blocks: a [n,b,b] for each segment of n*b outputs; the constraint of each is ``alpha`` times its own outputs.
+    """
+
+    oft_blocks: tuple[Tensor, ...]
+    alpha: float | None = None
+    layer: Layer = "plain"
+    weight: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.oft_blocks:
+            raise FormatError("an OFT without a segment")
+        for blocks in self.oft_blocks:
+            check_blocks(blocks, 3)
+        self._check()
+
+    @property
+    def segments(self) -> tuple[OFT, ...]:
+        """The update of each segment."""
+        return tuple(OFT(blocks, alpha=self.alpha) for blocks in self.oft_blocks)
+
+    @property
+    def kind(self) -> str:
+        return "oft"
+
+    @property
+    def size(self) -> int:
+        return sum(segment.size for segment in self.segments)
+
+    @property
+    def span(self) -> int:
+        return 1
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {f"oft_blocks.{n}": blocks for n, blocks in enumerate(self.oft_blocks)}
+
+    def stages(self) -> list[Stage]:
+        raise NotImplementedError
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        if self.layer == "transposed":
+            raise FormatError("an OFT of segments for a transposed weight")
+        prepared = [segment.prepare(load, strength) for segment in self.segments]
+        edges = list(accumulate((segment.size for segment in self.segments), initial=0))
+
+        def touched(start: int, stop: int) -> list[tuple[Prepared, int, int, int]]:
+            """(segment, its first row, rows of it) that overlap rows [start, stop)."""
+            spans = zip(prepared, edges, edges[1:], strict=False)
+            return [
+                (p, low, max(start, low) - low, min(stop, high) - low)
+                for p, low, high in spans
+                if max(start, low) < min(stop, high)
+            ]
+
+        def reach(start: int, stop: int) -> tuple[int, int]:
+            found = [(low, *p.reach(a, b)) for p, low, a, b in touched(start, stop) if p.reach is not None]
+            return found[0][0] + found[0][1], found[-1][0] + found[-1][2]
+
+        def delta(start: int, stop: int, base: Array | None) -> Array:
+            assert base is not None
+            first, _ = reach(start, stop)
+            blocks = []
+            for p, low, a, b in touched(start, stop):
+                assert p.reach is not None
+                begin, end = p.reach(a, b)
+                blocks.append(p.delta(a, b, base[low + begin - first : low + end - first]))
+            return namespace(base).concatenate(blocks)
+
+        return Prepared(delta, reach=reach)
+
+    def part(self, start: int, stop: int) -> Update | None:
+        edges = list(accumulate((segment.size for segment in self.segments), initial=0))
+        if start not in edges or stop not in edges:
+            return None
+        blocks = self.oft_blocks[edges.index(start) : edges.index(stop)]
+        return OFT(blocks[0], alpha=self.alpha) if len(blocks) == 1 else SegmentOFT(blocks, self.alpha)
+
+
+@dataclass(frozen=True)
+class BOFT(Rotation):
+    """LyCORIS' BOFT: W' = rescale * (R_m-1 ... R_1 R_0 W), each R_i block-diagonal on rows taken in another order.
+
+    oft_blocks [m,n,b,b] of n*b outputs (an OFT has one axis less, diffusion trap 46); R from the blocks as in `OFT`,
+    but not transposed. Factor i takes rows 0, k, 1, k+1, ... of each 2k rows, k = 2^i b/2. ``alpha`` as in `OFT`.
+    """
+
+    oft_blocks: Tensor
+    rescale: Tensor | None = None
+    alpha: float | None = None
+    layer: Layer = "plain"
+    weight: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_butterfly(self.oft_blocks)
+        self._check()
+
+    @property
+    def kind(self) -> str:
+        return "boft"
+
+    @property
+    def size(self) -> int:
+        return self.oft_blocks.shape[1] * self.oft_blocks.shape[2]
+
+    @property
+    def span(self) -> int:
+        return self.oft_blocks.shape[2] << (self.oft_blocks.shape[0] - 1)
+
+    @property
+    def gain(self) -> Tensor | None:
+        return self.rescale
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {"oft_blocks": self.oft_blocks, **({} if self.rescale is None else {"rescale": self.rescale})}
+
+    def stages(self) -> list[Stage]:
+        turns = cayley(constrained(skew(values(self.oft_blocks)), (self.alpha or 0.0) * self.size))
+        half = turns.shape[-1] // 2
+        rows = np.arange(self.size)
+        orders = (rows.reshape(-1, 2, half << i).swapaxes(1, 2).reshape(-1) for i in range(len(turns)))
+        return [Stage(turn, order) for turn, order in zip(turns, orders, strict=True)]
+
+
+def check_butterfly(blocks: Tensor) -> None:
+    """Raise FormatError where these are no blocks of a butterfly."""
+    check_blocks(blocks, 4)
+    factors, count, size, _ = blocks.shape
+    if factors > 1 and (size % 2 or factors > 63 or count % (1 << (factors - 1))):
+        raise FormatError(f"{factors} butterfly factors of {count} blocks of {size} do not interlock")
+
+
+# ---------------------------------------------------------------- PEFT: on the inputs
+
+
+@dataclass(frozen=True)
+class PeftOFT(Rotation):
+    """PEFT's OFT since 0.16: W' = W R^T, a block R of the inputs for each row of oft_R.
+
+    oft_R [n,b(b-1)/2]: the upper triangle of a skew-symmetric K, row by row; one row where ``block_share``, of as many
+    blocks as the base has. R = 1 + 2K + 2K^2 + ... + K^(terms-1), or (1 - K) (1 + K)^-1 where ``neumann_terms`` is 0
+    (`use_cayley_neumann` false; the two turn in opposite directions). ``eps``: K of each block is no longer than
+    eps / sqrt(n) (`coft`).
+    """
+
+    oft_R: Tensor
+    block_share: bool = False
+    neumann_terms: int = 5
+    eps: float | None = None
+    layer: Layer = "plain"
+    weight: tuple[int, ...] | None = None
+    on_input = True
+
+    def __post_init__(self) -> None:
+        shape = self.oft_R.shape
+        if len(shape) != 2 or 0 in shape or self.span * (self.span - 1) // 2 != shape[1]:
+            raise FormatError(f"oft_R of shape {list(shape)} holds no triangles of square blocks")
+        if (self.block_share and shape[0] != 1) or not 0 <= self.neumann_terms <= 100:
+            raise FormatError(f"an OFT of {shape[0]} shared blocks and {self.neumann_terms} terms")
+        self._check()
+
+    @property
+    def kind(self) -> str:
+        return "oft"
+
+    @property
+    def size(self) -> int:
+        return 0 if self.block_share else self.oft_R.shape[0] * self.span
+
+    @property
+    def span(self) -> int:
+        return (1 + math.isqrt(1 + 8 * self.oft_R.shape[1])) // 2
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {"oft_R": self.oft_R}
+
+    def stages(self) -> list[Stage]:
+        triangles, size = values(self.oft_R), self.span
+        upper = np.zeros((len(triangles), size, size))
+        upper[(slice(None), *np.triu_indices(size, 1))] = triangles
+        k = shortened(skew(upper), self.eps)
+        return [Stage(_neumann(k, self.neumann_terms) if self.neumann_terms else cayley(-k))]
+
+    def part(self, start: int, stop: int) -> Update | None:
+        """Every row of a plain weight is turned alike."""
+        return None if self.by_rows else replace(self, weight=self.weight and (stop - start, *self.weight[1:]))
+
+
+def _neumann(k: np.ndarray, terms: int) -> np.ndarray:
+    """The truncated series of the Cayley transform, term by term as PEFT sums it: from 3 terms on, K^2 counts twice."""
+    total = np.broadcast_to(np.eye(k.shape[-1]), k.shape)
+    if terms < 2:
+        return total
+    if terms == 2:
+        return np.asarray(total + 2 * k)
+    power = k @ k
+    total = total + 2 * k + 2 * power
+    for _ in range(3, terms - 1):
+        power = power @ k
+        total = total + 2 * power
+    return np.asarray(total + power @ k)
+
+
+def shortened(blocks: np.ndarray, eps: float | None) -> np.ndarray:
+    """Blocks [n,b,b] whose norm is at most eps / sqrt(n): PEFT's constrained OFT."""
+    if eps is None:
+        return blocks
+    limit = eps / math.sqrt(len(blocks))
+    norm = np.linalg.norm(blocks, axis=(1, 2), keepdims=True)
+    return np.asarray(np.where(norm <= limit, blocks, blocks * (limit / np.maximum(norm, 1e-300))))
+
+
+@dataclass(frozen=True)
+class PeftOldOFT(Rotation):
+    """PEFT's OFT before 0.16, R = (1 - K) (1 + K)^-1 with K = (B - B^T) / 2 for each block B of oft_r.
+
+    oft_r [n,b,b], one block where ``block_share``. With oft_s (0.14, 0.15; one value for each output) W' = oft_s *
+    (W R^T); without (0.11 to 0.13) the outputs are turned, W'_k = R_k^T W_k. ``eps`` as configured, times b^2,
+    bounds the blocks (`coft`).
+    """
+
+    oft_r: Tensor
+    oft_s: Tensor | None = None
+    block_share: bool = False
+    eps: float | None = None
+    layer: Layer = "plain"
+    weight: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_blocks(self.oft_r, 3)
+        if self.block_share and self.oft_r.shape[0] != 1:
+            raise FormatError(f"an OFT of {self.oft_r.shape[0]} shared blocks")
+        self._check()
+
+    @property
+    def on_input(self) -> bool:  # type: ignore[override]
+        """Whether the inputs are turned."""
+        return self.oft_s is not None
+
+    @property
+    def kind(self) -> str:
+        return "oft"
+
+    @property
+    def size(self) -> int:
+        return 0 if self.block_share else self.oft_r.shape[0] * self.span
+
+    @property
+    def span(self) -> int:
+        return self.oft_r.shape[-1]
+
+    @property
+    def gain(self) -> Tensor | None:
+        return self.oft_s
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {"oft_r": self.oft_r, **({} if self.oft_s is None else {"oft_s": self.oft_s})}
+
+    def stages(self) -> list[Stage]:
+        limit = None if self.eps is None else self.eps * self.span**2
+        turn = cayley(-skew(shortened(values(self.oft_r), limit)) / 2)
+        return [Stage(turn if self.on_input else np.swapaxes(turn, -1, -2))]
+
+
+@dataclass(frozen=True)
+class PeftBOFT(Rotation):
+    """PEFT's BOFT: W' = boft_s * (W M^T), M a chain of m block-diagonal factors on inputs taken in another order.
+
+    boft_R [m,n,b,b] of n*b inputs, R = (1 - K) (1 + K)^-1 with K = (B - B^T) / 2; boft_s one value for each output.
+    Factor i acts on the even runs of b/2 of each 2^i b inputs, then on the odd ones.
+    """
+
+    boft_R: Tensor
+    boft_s: Tensor
+    layer: Layer = "plain"
+    weight: tuple[int, ...] | None = None
+    on_input = True
+
+    def __post_init__(self) -> None:
+        check_butterfly(self.boft_R)
+        self._check()
+
+    @property
+    def kind(self) -> str:
+        return "boft"
+
+    @property
+    def size(self) -> int:
+        return self.boft_R.shape[1] * self.boft_R.shape[2]
+
+    @property
+    def span(self) -> int:
+        return self.boft_R.shape[2] << (self.boft_R.shape[0] - 1)
+
+    @property
+    def gain(self) -> Tensor | None:
+        return self.boft_s
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        return {"boft_R": self.boft_R, "boft_s": self.boft_s}
+
+    def stages(self) -> list[Stage]:
+        turns = cayley(-skew(values(self.boft_R)) / 2)
+        if len(turns) == 1:
+            return [Stage(turns[0])]
+        half = turns.shape[-1] // 2
+        rows = np.arange(self.size)
+        orders = (rows.reshape(-1, 1 << i, 2, half).swapaxes(1, 2).reshape(-1) for i in range(len(turns)))
+        return [Stage(turn, np.argsort(order)) for turn, order in zip(turns, orders, strict=True)]
+
+    def part(self, start: int, stop: int) -> Update | None:
+        """Every row of a plain weight is turned alike, and has a factor of its own."""
+        if self.by_rows:
+            return None
+        gain = self.boft_s.reshape(self.boft_s.size).slice(start, stop)
+        return replace(self, boft_s=gain, weight=self.weight and (stop - start, *self.weight[1:]))

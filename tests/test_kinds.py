@@ -1,0 +1,612 @@
+"""The kinds of update beyond LoRA, against LyCORIS, PEFT and float64. Traps are those of the diffusion fact sheet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loratool.errors import FormatError
+from loratool.kinds.glora import GLoRA
+from loratool.kinds.hadamard import LoHa
+from loratool.kinds.kronecker import LoKr
+from loratool.kinds.rescale import IA3
+from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
+from loratool.tensors import Tensor
+from loratool.update import Additive, Update
+from tests.samples import normal
+
+
+def close(one: Any, other: Any, tolerance: float = 1e-5) -> None:
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    assert one.shape == other.shape
+    scale = max(1.0, float(np.abs(other).max(initial=0)))
+    np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale)
+
+
+def wide(tensor: Tensor) -> np.ndarray:
+    return tensor.array().astype(np.float64)
+
+
+def base(*shape: int) -> np.ndarray:
+    return np.random.default_rng(40).standard_normal(shape)
+
+
+def torch_of(tensor: Tensor | np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(np.array(tensor.array() if isinstance(tensor, Tensor) else tensor))
+
+
+# -- LoHa ----------------------------------------------------------------------------------------------------
+
+
+def loha(o: int = 12, i: int = 10, r: int = 2, seed: int = 0, **more: Any) -> LoHa:
+    a, b = normal(o, r, seed=seed), normal(r, i, seed=seed + 1)
+    return LoHa(a, b, normal(o, r, seed=seed + 2), normal(r, i, seed=seed + 3), **{"alpha": 3.0} | more)
+
+
+def tucker_loha(o: int = 12, i: int = 10, r: int = 2, *kernel: int, **more: Any) -> LoHa:
+    one = normal(r, o), normal(r, i, seed=1)
+    other = normal(r, o, seed=2), normal(r, i, seed=3)
+    t1, t2 = normal(r, r, *kernel, seed=4), normal(r, r, *kernel, seed=5)
+    return LoHa(*one, *other, t1, t2, **{"alpha": 3.0} | more)
+
+
+def test_loha_is_the_product_of_two_products() -> None:
+    """Section 3.3, in float64."""
+    update = loha()
+    expected = 1.5 * (wide(update.w1_a) @ wide(update.w1_b)) * (wide(update.w2_a) @ wide(update.w2_b))
+    close(update.delta(), expected)
+
+
+def test_loha_scales_once() -> None:
+    """Trap 2: alpha 3 of rank 2 is 1.5; LyCORIS' own get_diff_weight gives 2.25, its functional weight is right."""
+    import torch
+    from lycoris.functional.loha import diff_weight
+
+    update = loha()
+    halves = [torch_of(t) for t in (update.w1_b, update.w1_a, update.w2_b, update.w2_a)]
+    close(update.delta(), diff_weight(*halves, None, None, gamma=torch.tensor(1.5)))
+
+
+@pytest.mark.parametrize("kernel", [(3,), (3, 2), (2, 3, 2)])
+def test_a_loha_around_cores_is_stored_transposed(kernel: tuple[int, ...]) -> None:
+    """Trap 25: w*_a is [r,o] there."""
+    import torch
+    from lycoris.functional.loha import diff_weight
+
+    update = tucker_loha(6, 5, 2, *kernel)
+    order = (update.w1_b, update.w1_a, update.w2_b, update.w2_a, update.t1, update.t2)
+    assert update.shape == (6, 5, *kernel)
+    close(update.delta(), diff_weight(*map(torch_of, order), gamma=torch.tensor(1.5)))
+
+
+def test_a_loha_is_what_lycoris_runs() -> None:
+    """Section 3.3: the module's own forward, of a convolution and of a Linear; trap 3: its alpha holds sqrt(r)."""
+    import torch
+    from lycoris.modules.loha import LohaModule
+
+    for layer, options in (
+        (torch.nn.Conv2d(6, 8, (3, 2)), {"use_tucker": True}),
+        (torch.nn.Conv2d(6, 8, (3, 2)), {}),
+        (torch.nn.Linear(6, 8), {"rs_lora": True}),
+    ):
+        torch.manual_seed(0)
+        module = LohaModule("", layer, 1.0, 4, 6.0, **options)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+        slots = {k: Tensor.of(v.detach().numpy()) for k, v in module.custom_state_dict().items()}
+        alpha = slots.pop("alpha").item()
+        update = LoHa(**{k.removeprefix("hada_"): t for k, t in slots.items()}, alpha=alpha)
+        expected = layer.weight.detach() + module.get_weight(module.shape).detach()
+        shape = tuple(layer.weight.shape)
+        close(update.sized(shape).apply(layer.weight.detach().numpy()), expected)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("update", [loha(40, 30, 3), loha(40, 30, 3, alpha=None), tucker_loha(40, 30, 3, 3, 2)])
+def test_a_loha_is_a_lora_of_the_squared_rank(update: LoHa) -> None:
+    """Section 3.3: row-wise Khatri-Rao products, exactly; alpha keeps the scaling."""
+    low = update.low_rank()
+    assert low is not None
+    assert (low.rank, low.shape) == (9, update.shape)
+    close(low.delta(), update.delta())
+    assert (low.alpha is None) == (update.alpha is None)
+    assert math.isclose(low.scaling, update.scaling)
+
+
+def test_no_lora_where_its_rank_would_be_full() -> None:
+    assert loha(9, 30, 3).low_rank() is None
+    assert loha(10, 30, 3).low_rank() is not None
+
+
+def test_a_flattened_kernel_unfolds_where_the_base_tells_it() -> None:
+    """Section 3.3: w*_b of a convolution is [r,i*k], its shape does not tell the kernel."""
+    flat = loha(12, 5 * 6)
+    unfolded = flat.sized((12, 5, 3, 2))
+    assert unfolded is not None
+    assert unfolded.shape == (12, 5, 3, 2)
+    close(unfolded.delta(), flat.delta().reshape(12, 5, 3, 2), 0)
+    assert flat.sized((12, 5, 3, 3)) is None
+    assert flat.sized((30, 12)) is None
+    low = loha(40, 5 * 6, weight=(40, 5, 3, 2)).low_rank()
+    assert low is not None
+    assert low.down.shape == (4, 5, 3, 2)
+
+
+# -- LoKr ----------------------------------------------------------------------------------------------------
+
+
+def lokr(**more: Any) -> LoKr:
+    """w1 whole [3,2], w2 a pair [4,2] [2,5]: a weight [12,10]."""
+    given = {"w1": normal(3, 2), "w2_a": normal(4, 2, seed=1), "w2_b": normal(2, 5, seed=2), "alpha": 3.0}
+    return LoKr(**{**given, **more})
+
+
+WHOLE = {"w1": normal(3, 2), "w2": normal(4, 5, seed=1), "w2_a": None, "w2_b": None}
+PAIRS = {"w1": None, "w1_a": normal(3, 2, seed=3), "w1_b": normal(2, 2, seed=4)}
+LOKRS = {
+    "second_factorised": lokr(),
+    "both_factorised": lokr(**PAIRS),
+    "first_factorised": lokr(**{**WHOLE, **PAIRS}),
+    "both_whole": lokr(**WHOLE),
+    "conv_flat": lokr(w2_b=normal(2, 5 * 6, seed=2), weight=(12, 10, 3, 2)),
+    "conv_unfolded": lokr(w2_b=normal(2, 5, 3, 2, seed=2)),
+    "conv_whole": lokr(**{**WHOLE, "w2": normal(4, 5, 3, 2)}),
+    "conv_3d": lokr(**{**WHOLE, "w2": normal(4, 5, 2, 3, 2)}),
+    "tucker": lokr(w2_a=normal(2, 4), w2_b=normal(2, 5), t2=normal(2, 2, 3, 2)),
+    "wide": lokr(w1=normal(1, 1), w2_a=normal(12, 2), w2_b=normal(2, 10)),
+}
+
+
+def lokr_reference(update: LoKr) -> np.ndarray:
+    """Section 3.4 in float64, over named axes."""
+    w1 = wide(update.w1) if update.w1 else wide(update.w1_a) @ wide(update.w1_b)  # type: ignore[arg-type]
+    if update.w2:
+        w2 = wide(update.w2)
+    else:
+        assert update.w2_a and update.w2_b
+        if update.t2:
+            w2 = np.einsum("ij...,ip,jq->pq...", wide(update.t2), wide(update.w2_a), wide(update.w2_b))
+        else:
+            w2 = np.tensordot(wide(update.w2_a), wide(update.w2_b), 1)
+    product = np.einsum("ac,bd...->abcd...", w1, w2)
+    return product.reshape(update.shape)
+
+
+@pytest.mark.parametrize("name", LOKRS)
+def test_lokr_is_the_kronecker_product(name: str) -> None:
+    update = LOKRS[name]
+    assert update.shape[:2] == (12, 10)
+    close(update.delta(), lokr_reference(update) * (1.0 if name in ("both_whole", "conv_whole", "conv_3d") else 1.5))
+
+
+@pytest.mark.parametrize("alpha", [1e4, 1e10, 0.0])
+def test_alpha_of_two_whole_halves_says_nothing(alpha: float) -> None:
+    """Trap 1: LyCORIS stores the rank that the user forced."""
+    update = lokr(**WHOLE, alpha=alpha)
+    close(update.delta(), np.kron(wide(update.w1), wide(update.w2)))  # type: ignore[arg-type]
+
+
+def test_peft_scales_two_whole_halves_too() -> None:
+    """Section 3.10: the rank of PEFT's configuration counts, whatever is whole."""
+    import torch
+    from peft import LoKrConfig, get_peft_model
+
+    for options in ({"r": 64}, {"r": 2}, {"r": 2, "decompose_both": True, "decompose_factor": 8}):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"x": torch.nn.Linear(24, 36, bias=False)})
+        tuned = get_peft_model(model, LoKrConfig(**options, alpha=8, target_modules=["x"], init_weights=False))
+        layer = tuned.base_model.model.x
+        names = [n for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b") if "default" in getattr(layer, f"lokr_{n}")]
+        slots = {name: Tensor.of(getattr(layer, f"lokr_{name}")["default"].detach().numpy()) for name in names}
+        update = LoKr(**slots, alpha=8.0, stated_rank=options["r"])
+        close(update.delta(), layer.get_delta_weight("default").detach())
+
+
+def test_a_lokr_is_what_lycoris_runs() -> None:
+    """Section 3.4 and traps 1, 3 and 25: the weight of LyCORIS' own modules, alpha read from their files."""
+    import torch
+    from lycoris.modules.lokr import LokrModule
+
+    conv, linear = torch.nn.Conv2d(12, 16, (3, 2)), torch.nn.Linear(12, 16)
+    for layer, dim, options in (
+        (conv, 1, {"use_tucker": True}),
+        (conv, 1, {}),
+        (conv, 10000, {}),
+        (linear, 10000, {}),
+        (linear, 1, {"decompose_both": True, "factor": 8}),
+        (linear, 1, {"rs_lora": True}),
+    ):
+        torch.manual_seed(0)
+        module = LokrModule("", layer, 1.0, dim, 6.0, **options)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+        slots = {k: Tensor.of(v.detach().numpy()) for k, v in module.custom_state_dict().items()}
+        alpha = slots.pop("alpha").item()
+        update = LoKr(**{k.removeprefix("lokr_"): t for k, t in slots.items()}, alpha=alpha)
+        sized = update.sized(tuple(layer.weight.shape))
+        assert isinstance(sized, Additive)
+        close(sized.delta(), module.get_weight(layer.weight.shape).detach())
+
+
+@pytest.mark.parametrize("name", LOKRS)
+def test_a_lokr_is_a_lora_where_a_half_is_factorised(name: str) -> None:
+    """Section 3.4: of the product of the ranks of its halves, without any decomposition."""
+    update, low = LOKRS[name], LOKRS[name].low_rank()
+    rank = {"both_whole": 8, "first_factorised": 8, "conv_whole": 8, "conv_3d": 8, "wide": 2}.get(name, 4)
+    assert low is not None
+    assert (low.rank, low.shape) == (rank, update.shape)
+    close(low.delta(), update.delta())
+    close(low.scaling, update.scaling, 1e-12)
+
+
+def test_no_lora_of_a_lokr_of_full_rank() -> None:
+    assert LoKr(normal(4, 4), w2=normal(5, 5)).low_rank() is None
+
+
+@pytest.mark.parametrize("name", LOKRS)
+def test_a_scaled_lokr_can_be_written_where_alpha_says_nothing(name: str) -> None:
+    scaled = LOKRS[name].scaled(0.25)
+    plain = scaled.folded()
+    assert plain.stated_rank is None
+    close(plain.delta(), LOKRS[name].delta() * 0.25)
+
+
+def test_rows_of_a_lokr_are_a_lokr_where_they_are_rows_of_its_first_half() -> None:
+    """Section 10: other rows of a fused weight are not."""
+    update = LOKRS["conv_flat"]
+    part = update.part(4, 12)
+    assert isinstance(part, LoKr)
+    close(part.delta(), update.delta()[4:12], 0)
+    assert update.part(3, 12) is None
+    first = LOKRS["both_factorised"].part(0, 8)
+    assert first is not None
+    close(first.delta(), LOKRS["both_factorised"].delta()[:8])
+
+
+def test_rows_of_a_loha_are_a_loha() -> None:
+    for update in (loha(), tucker_loha(12, 10, 2, 3, 2), loha(12, 30, weight=(12, 5, 3, 2))):
+        close(update.part(3, 8).delta(), update.delta()[3:8], 1e-6)
+
+
+BROKEN: list[Any] = [
+    (lambda: replace(loha(), w2_b=normal(3, 10)), "rank mismatch in w2"),
+    (lambda: LoHa(normal(4, 2), normal(2, 5), normal(4, 2), normal(2, 6)), "differ in shape"),
+    (lambda: LoHa(normal(2, 4), normal(2, 5), normal(2, 4), normal(2, 5), normal(2, 2, 3)), "t1 and t2"),
+    (lambda: LoHa(normal(2, 4), normal(2, 5), normal(2, 4), normal(2, 5), normal(3, 2, 3), normal(2, 2, 3)), "w1"),
+    (lambda: loha(weight=(12, 5, 3)), "for a weight of shape"),
+    (lambda: LoKr(w1=normal(2, 2)), "w2 is stored as nothing"),
+    (lambda: lokr(w2=normal(4, 5)), "w2 is stored as w2 and w2_a and w2_b"),
+    (lambda: lokr(w2_b=None), "w2 is stored as w2_a"),
+    (lambda: lokr(w1=normal(3)), "no matrix"),
+    (lambda: lokr(w1=normal(3, 2, 3)), "no matrix"),
+    (lambda: lokr(w2_a=normal(4, 0), w2_b=normal(0, 5)), "no matrix"),
+    (lambda: lokr(**WHOLE, t2=normal(2, 2, 3)), "rank mismatch"),
+    (lambda: lokr(w2_a=normal(2, 4), t2=normal(2, 3, 3)), "rank mismatch"),
+    (lambda: lokr(stated_rank=0), "a rank of 0"),
+    (lambda: IA3(normal(3, 2)), "no vector"),
+    (lambda: IA3(normal(0)), "no vector"),
+    (lambda: IA3(normal(3), weight=(4, 3)), "for a weight of shape"),
+    (lambda: GLoRA(normal(5, 2), normal(2, 5), normal(7, 2), normal(2, 6)), "no GLoRA"),
+    (lambda: GLoRA(normal(5), normal(2, 5), normal(7, 2), normal(2, 5)), "no GLoRA"),
+    (lambda: OFT(normal(3, 4, 5)), "square blocks"),
+    (lambda: OFT(normal(3, 4, 4), normal(11, 1)), "11 factors"),
+    (lambda: OFT(normal(3, 4, 4), weight=(13, 2)), "for a weight of shape"),
+    (lambda: BOFT(normal(3, 4, 4)), "square blocks"),
+    (lambda: BOFT(normal(3, 2, 4, 4)), "interlock"),
+    (lambda: BOFT(normal(2, 2, 3, 3)), "interlock"),
+    (lambda: BOFT(normal(70, 2, 2, 2)), "interlock"),
+    (lambda: PeftOFT(normal(3, 4)), "triangles"),
+    (lambda: PeftOFT(normal(3, 3), block_share=True), "shared"),
+    (lambda: PeftOFT(normal(3, 3), neumann_terms=10**9), "terms"),
+    (lambda: SegmentOFT(()), "without a segment"),
+]
+
+
+@pytest.mark.parametrize(("make", "says"), BROKEN)
+def test_tensors_that_do_not_fit_are_refused(make: Any, says: str) -> None:
+    with pytest.raises(FormatError, match=says):
+        make()
+
+
+# -- (IA)3 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+def test_ia3_is_what_lycoris_runs(kind: str, on_input: bool) -> None:
+    """Section 3.7: around 0."""
+    import torch
+    from lycoris.modules.ia3 import IA3Module
+
+    layer = torch.nn.Linear(6, 8) if kind == "Linear" else torch.nn.Conv2d(6, 8, (3, 2))
+    module = IA3Module("", layer, train_on_input=on_input)
+    torch.nn.init.normal_(module.weight)
+    update = IA3(Tensor.of(module.weight.detach().numpy()), on_input)
+    expected, _ = module.get_merged_weight()
+    close(update.apply(layer.weight.detach().numpy()), expected.detach())
+    assert update.sized(tuple(layer.weight.shape)) is not None
+    assert update.sized((7, 7)) is None
+
+
+@pytest.mark.parametrize("feedforward", [False, True])
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d", "Conv1D"])
+def test_ia3_is_what_peft_merges(kind: str, feedforward: bool) -> None:
+    """Section 3.10: around 1; on a transposed layer the axes change places, and the bias goes with the outputs."""
+    import torch
+    from peft import IA3Config, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    layers = {"Linear": torch.nn.Linear(6, 8), "Conv2d": torch.nn.Conv2d(6, 8, (3, 2)), "Conv1D": Conv1D(8, 6)}
+    model = torch.nn.ModuleDict({"x": layers[kind]})
+    torch.nn.init.normal_(model["x"].bias)
+    before = {name: np.array(t.detach().numpy()) for name, t in model["x"].named_parameters()}
+    config = IA3Config(
+        target_modules=["x"],
+        feedforward_modules=["x"] if feedforward else [],
+        fan_in_fan_out=kind == "Conv1D",
+        init_ia3_weights=False,
+    )
+    tuned = get_peft_model(model, config)
+    vector = Tensor.of(tuned.base_model.model.x.ia3_l["default"].detach().numpy().copy())
+    merged = tuned.merge_and_unload()["x"]
+    layer: Any = "transposed" if kind == "Conv1D" else "plain"
+    update = IA3(vector, feedforward, centre=1.0, layer=layer).sized(before["weight"].shape)
+    assert update is not None
+    close(update.apply(before["weight"]), merged.weight.detach())
+    if not feedforward:
+        bias = IA3(vector, centre=1.0, weight=(8,))
+        close(bias.apply(before["bias"]), merged.bias.detach())
+
+
+# -- GLoRA ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d", "pointwise"])
+def test_glora_is_what_lycoris_rebuilds(kind: str) -> None:
+    """Section 3.8, scaled once; trap 3: alpha is stored raw where the training was rank-stabilised."""
+    import torch
+    from lycoris.modules.glora import GLoRAModule
+
+    layers = {
+        "Linear": torch.nn.Linear(6, 8),
+        "Conv2d": torch.nn.Conv2d(6, 8, (3, 2)),
+        "pointwise": torch.nn.Conv2d(6, 8, 1),
+    }
+    layer = layers[kind]
+    for stabilised in (False, True):
+        torch.manual_seed(0)
+        module = GLoRAModule("", layer, 1.0, 4, 3.0, rs_lora=stabilised)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+        slots = {
+            k.removesuffix(".weight"): Tensor.of(v.detach().numpy()) for k, v in module.custom_state_dict().items()
+        }
+        alpha = slots.pop("alpha").item()
+        update = GLoRA(**slots, alpha=alpha, rank_stabilised=stabilised)
+        assert update.sized(tuple(layer.weight.shape)) is update
+        close(update.apply(layer.weight.detach().numpy()), module.get_merged_weight()[0].detach())
+
+
+def test_the_old_layout_of_glora_is_known_by_its_shapes() -> None:
+    """Section 3.8: the roles are transposed."""
+    w, slots = base(7, 5), (normal(2, 5), normal(5, 2, seed=1), normal(2, 5, seed=2), normal(7, 2, seed=3))
+    a1, a2, b1, b2 = map(wide, slots)
+    update = GLoRA(*slots, alpha=1.0)
+    close(update.apply(w), w + 0.5 * (b2 @ b1 + (w @ a2) @ a1))
+    assert update.shape == (7, 5)
+    assert update.rank == 2
+    close(update.part(2, 4).apply(w[2:4]), update.apply(w)[2:4])
+
+
+# -- OFT and BOFT --------------------------------------------------------------------------------------------
+
+
+def rotations(blocks: Tensor, limit: float = 0.0) -> np.ndarray:
+    """Section 3.9: R of each block, in float64."""
+    b = wide(blocks)
+    q = b - b.swapaxes(-1, -2)
+    norm = np.linalg.norm(q)
+    q = q * (limit / norm) if 0 < limit < norm else q
+    one = np.eye(b.shape[-1])
+    return (one + q) @ np.linalg.inv(one - q)
+
+
+def block_diagonal(blocks: np.ndarray) -> np.ndarray:
+    n, b, _ = blocks.shape
+    out = np.zeros((n * b, n * b))
+    for k, block in enumerate(blocks):
+        out[k * b : k * b + b, k * b : k * b + b] = block
+    return out
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.01, 5.0])
+def test_oft_turns_blocks_of_outputs(alpha: float | None) -> None:
+    """Section 3.9; trap 45: the constraint is alpha times the outputs; 0 and none are no constraint."""
+    w, blocks, rescale = base(12, 3, 2), normal(3, 4, 4), normal(12, 1, 1, seed=1)
+    r = block_diagonal(rotations(blocks, (alpha or 0.0) * 12))
+    turned = np.einsum("nm,n...->m...", r, w)
+    close(OFT(blocks, None, alpha).apply(w), turned)
+    close(OFT(blocks, rescale, alpha).apply(w), wide(rescale) * turned)
+    close(OFT(blocks, rescale, alpha).apply(w, 0.3), w + 0.3 * (wide(rescale) * turned - w))
+
+
+def test_an_old_oft_holds_the_rotation_itself() -> None:
+    """Section 1.1, `oft_diag`."""
+    w, blocks = base(12, 3), normal(3, 4, 4)
+    close(OFT(blocks, alpha=0.01, direct=True).apply(w), block_diagonal(wide(blocks)).T @ w)
+
+
+@pytest.mark.parametrize(("constraint", "rescaled"), [(0, False), (0, True), (0.01, True)])
+@pytest.mark.parametrize("kind", ["diag_oft", "boft"])
+def test_oft_and_boft_are_what_lycoris_merges(kind: str, constraint: float, rescaled: bool) -> None:
+    """Section 3.9; trap 46: three axes and four."""
+    import torch
+    from lycoris.modules.boft import ButterflyOFTModule
+    from lycoris.modules.diag_oft import DiagOFTModule
+
+    module_class: Any = ButterflyOFTModule if kind == "boft" else DiagOFTModule
+    for layer in (torch.nn.Linear(6, 16), torch.nn.Conv2d(6, 32, (3, 2))):
+        torch.manual_seed(0)
+        module = module_class("", layer, 1.0, 4, constraint=constraint, rescaled=rescaled)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        blocks, rescale = module.oft_blocks.detach(), module.rescale.detach() if rescaled else None
+        update_class: Any = BOFT if blocks.ndim == 4 else OFT
+        update = update_class(
+            Tensor.of(blocks.numpy()), None if rescale is None else Tensor.of(rescale.numpy()), module.alpha.item()
+        )
+        assert update.kind == kind.removeprefix("diag_")
+        close(update.apply(layer.weight.detach().numpy()), module.get_merged_weight()[0].detach())
+
+
+def test_segments_of_kohyas_flux_oft_turn_apart() -> None:
+    """Trap 46: a block set and a constraint for each segment of the fused outputs."""
+    segments = normal(2, 3, 3), normal(2, 4, 4), normal(2, 3, 3, seed=5)
+    w = base(20, 5)
+    expected = np.concatenate(
+        [
+            block_diagonal(rotations(blocks, 0.05 * rows)).T @ part
+            for blocks, rows, part in zip(segments, (6, 8, 6), np.split(w, [6, 14]), strict=True)
+        ]
+    )
+    update = SegmentOFT(segments, 0.05)
+    close(update.apply(w), expected)
+    assert update.shape == (20, 0)
+    one = update.part(6, 14)
+    assert isinstance(one, OFT)
+    close(one.apply(w[6:14]), expected[6:14])
+    assert update.part(6, 13) is None
+
+
+def peft_layer(config: Any, layer: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+    """PEFT's tuned layer, the weight before and the weight that it merges."""
+    import torch
+    from peft import get_peft_model
+
+    before = np.array(layer.weight.detach().numpy())
+    torch.manual_seed(0)
+    tuned = get_peft_model(torch.nn.ModuleDict({"x": layer}), config)
+    inner = tuned.base_model.model.x
+    for name, parameter in tuned.named_parameters():
+        if "oft" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    state = {n: np.array(t.detach().numpy()) for n, t in inner.named_parameters() if "oft" in n}
+    inner.merge()
+    return state, before, inner.get_base_layer().weight.detach().numpy()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("terms", [0, 1, 2, 3, 4, 5, 7])
+def test_oft_is_what_peft_merges(terms: int, shared: bool) -> None:
+    """Section 3.10 and llm 1.6: on the inputs; the series and the exact transform turn in opposite directions."""
+    import torch
+    from peft import OFTConfig
+
+    more = {"use_cayley_neumann": terms > 0, "num_cayley_neumann_terms": terms}
+    config = OFTConfig(oft_block_size=4, target_modules=["x"], block_share=shared, **more)
+    for layer in (torch.nn.Linear(12, 6), torch.nn.Conv2d(4, 6, 3)):
+        state, before, merged = peft_layer(config, layer)
+        (triangles,) = state.values()
+        update = PeftOFT(Tensor.of(triangles), shared, terms)
+        sized = update.sized(before.shape)
+        assert sized is not None
+        assert sized.shape == before.shape
+        close(sized.apply(before), merged)
+
+
+def test_a_constrained_oft_is_what_peft_merges() -> None:
+    """`coft` shortens each block before the transform."""
+    import torch
+    from peft import OFTConfig
+
+    config = OFTConfig(oft_block_size=4, target_modules=["x"], coft=True, eps=0.3)
+    state, before, merged = peft_layer(config, torch.nn.Linear(12, 6))
+    (triangles,) = state.values()
+    close(PeftOFT(Tensor.of(triangles), eps=0.3).apply(before), merged)
+    assert np.abs(PeftOFT(Tensor.of(triangles)).apply(before) - merged).max() > 0.1
+
+
+def test_boft_is_what_peft_merges() -> None:
+    import torch
+    from peft import BOFTConfig
+
+    for layer in (torch.nn.Linear(12, 6), torch.nn.Conv2d(4, 6, 3)):
+        state, before, merged = peft_layer(BOFTConfig(boft_block_size=4, target_modules=["x"]), layer)
+        slots = {name.split(".")[0]: Tensor.of(values) for name, values in state.items()}
+        close(PeftBOFT(**slots).apply(before), merged)
+
+
+def test_the_butterfly_of_boft_is_that_of_peft() -> None:
+    """PEFT takes one factor only where its CUDA extension is missing: the matrices of its own code are built here."""
+    import torch
+    from peft.tuners.boft.layer import BOFTLayer
+
+    factors, n, b = 3, 8, 4
+    blocks, gain, w = normal(factors, n, b, b), normal(6, 1, seed=1), base(6, n * b)
+    code: Any = BOFTLayer  # these methods do not look at the layer
+    matrix = np.eye(n * b)
+    for i in range(factors):
+        order = code.block_butterfly_perm(None, n * b, n // 2**i, b // 2, factors - 1)
+        p = code.perm2mat(None, order).double()
+        turn = code.cayley_batch(None, torch_of(blocks)[i].double())
+        matrix = (p @ torch.block_diag(*turn) @ p.T).numpy() @ matrix
+    close(PeftBOFT(blocks, gain).apply(w), wide(gain) * (w @ matrix.T))
+
+
+def test_ofts_of_older_peft() -> None:
+    """oft_r with oft_s (0.14, 0.15) turns inputs, alone (0.11 to 0.13) outputs; checked once against 0.13 and 0.14."""
+    blocks, gain = normal(3, 4, 4), normal(6, 1, seed=1)
+    k = (wide(blocks) - wide(blocks).swapaxes(1, 2)) / 2
+    r = block_diagonal(np.stack([(np.eye(4) - q) @ np.linalg.inv(np.eye(4) + q) for q in k]))
+    w = base(6, 12)
+    close(PeftOldOFT(blocks, gain).apply(w), wide(gain) * (w @ r.T))
+    close(PeftOldOFT(blocks).apply(w.T), r.T @ w.T)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        OFT(normal(3, 4, 4), normal(12, 1)),
+        BOFT(normal(2, 2, 6, 6)),
+        PeftOFT(normal(3, 6)),
+        PeftBOFT(normal(1, 3, 4, 4), normal(7, 1)),
+        IA3(normal(12)),
+        IA3(normal(12), on_input=True),
+    ],
+)
+def test_a_transposed_weight_is_changed_alike(update: Any) -> None:
+    """As HF's Conv1D stores it; the axis that is turned or rescaled changes place."""
+    rows_known = update.sized((12, 7)) is not None
+    w = base(12, 7) if rows_known else base(7, 12)
+    turned = update.oriented("transposed")
+    assert turned.sized(w.T.shape) is not None
+    close(turned.apply(w.T), update.apply(w).T)
+
+
+def test_a_rotation_turns_and_does_not_stretch() -> None:
+    """Norms and angles of the outputs stay; blocks of zeros change nothing at all."""
+    w = base(12, 5).astype(np.float32)
+    for update in (OFT(normal(3, 4, 4)), BOFT(normal(2, 2, 6, 6))):
+        turned = update.apply(w)
+        close(turned.T @ turned, w.T @ w)
+        assert np.abs(turned - w).max() > 0.5
+    for still in (OFT(Tensor.of(np.zeros((3, 4, 4), np.float32))), PeftOFT(Tensor.of(np.zeros((1, 10), np.float32)))):
+        close(still.apply(w), w, 0)
+
+
+def test_parts_of_rotations_are_rotations() -> None:
+    """Section 10: exact where block boundaries align, and where one constraint does not span them all."""
+    w, update = base(12, 5), OFT(normal(3, 4, 4), normal(12, 1))
+    part: Update | None = update.part(4, 12)
+    assert part is not None
+    close(part.apply(w[4:]), update.apply(w)[4:])
+    assert update.part(2, 12) is None
+    assert OFT(normal(3, 4, 4), alpha=0.1).part(4, 12) is None
+    inputs = PeftBOFT(normal(1, 1, 5, 5), normal(12, 1))
+    close(inputs.part(3, 7).apply(w[3:7]), inputs.apply(w)[3:7])  # type: ignore[union-attr]
