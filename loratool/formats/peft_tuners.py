@@ -1,0 +1,386 @@
+"""PEFT's tuners beside LoRA: one row of a table each, read and written as themselves.
+
+A row says how a type names its tensors (by module, and those that all modules share under ``base_model.``), which
+fields of the configuration its mathematics needs, and how its updates are built from them. Fields that only guide the
+training (initialisation, dropout) are kept as they are. What cannot be told from the file is refused by name.
+Source: huggingface/peft 0.21.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratool.adapter import Adapter, is_bias
+from loratool.errors import FormatError
+from loratool.formats.base import CONFIG, Evidence
+from loratool.keys import Layout
+from loratool.kinds.factored import (
+    AdaLora,
+    Delora,
+    Pvera,
+    Vera,
+)
+from loratool.tensors import Tensor
+from loratool.update import Update
+
+PREFIX = "base_model.model."
+SHARED = "base_model."  # before the names of what all modules share
+
+Slots = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Words:
+    """The configuration, read with its types checked. ``where`` is named in errors."""
+
+    table: Mapping[str, Any]
+    where: Path
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number. Raises FormatError."""
+        value = self.table.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise FormatError(f"{name} is {value!r}, not a number", self.where)
+        return value
+
+    def count(self, name: str, default: int) -> int:
+        """A whole number from 0 to 2^62. Raises FormatError."""
+        value = self.number(name, default)
+        if value != int(value) or not 0 <= value < 1 << 62:
+            raise FormatError(f"{name} is {value!r}, not a whole number", self.where)
+        return int(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false. Raises FormatError."""
+        value = self.table.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise FormatError(f"{name} is {value!r}, not true or false", self.where)
+        return default if value is None else value
+
+    def table_of(self, name: str) -> Mapping[str, Any]:
+        """A table, empty where there is none. Raises FormatError."""
+        value = self.table.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise FormatError(f"{name} is not a table", self.where)
+        return value or {}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One PEFT type.
+
+    ``slots`` are (field, suffix) pairs of a module's tensors, ``shared`` (field, name) pairs of those that lie under
+    ``base_model.``; ``optional`` fields may be missing. ``kinds`` are the classes of its updates. ``settings`` gives
+    the fields of an update that stand in the configuration, ``told`` the configuration of some updates (ValueError
+    where none says them all). ``gain`` is the field that absorbs what the delta was multiplied by. ``build`` makes the
+    updates of a module by what is put behind its name, ``take`` gives their tensors again.
+    """
+
+    name: str
+    kinds: tuple[type[Update], ...]
+    slots: tuple[tuple[str, str], ...]
+    shared: tuple[tuple[str, str], ...] = ()
+    copied: tuple[tuple[str, str], ...] = ()  # (field, suffix): the shared tensors once more in each module
+    optional: frozenset[str] = frozenset()
+    gain: str | None = None
+    settings: Callable[[Words, Slots, str], dict[str, Any]] = lambda words, slots, module: {}
+    told: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda updates: {}
+    check: Callable[[Words], None] = lambda words: None
+    build: Callable[[Row, Words, Slots, str], dict[str, Update]] = lambda *of: {"": _from_fields(*of)}
+    take: Callable[[Row, Mapping[str, Update]], Slots] = lambda row, updates: _fields(row, updates[""])
+    layout: Layout = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        pairs = (*self.slots, *((_COPY + name, suffix) for name, suffix in self.copied))
+        aliases = tuple((slot, f"{suffix}.default") for slot, suffix in pairs)
+        object.__setattr__(self, "layout", Layout(pairs, aliases))
+
+
+_COPY = "copy of "
+
+
+def _from_fields(row: Row, words: Words, slots: Slots, module: str) -> Update:
+    """The update whose fields are the slots: of the first kind that has them all."""
+    for kind in row.kinds:
+        fields: Mapping[str, Any] = getattr(kind, "__dataclass_fields__")  # noqa: B009
+        needed = {name for name, _ in (*row.slots, *row.shared) if name in fields and name not in row.optional}
+        if needed <= slots.keys() <= fields.keys():
+            layer = {"layer": "transposed"} if words.flag("fan_in_fan_out") else {}
+            return kind(**slots, **row.settings(words, slots, module), **layer)
+    raise FormatError(f"{', '.join(sorted(slots))} are not the tensors of a {row.name} module", hint="is it complete?")
+
+
+def _fields(row: Row, update: Update) -> Slots:
+    """The stored tensors of an update by slot, what the delta was multiplied by in one of them."""
+    given = ((name, getattr(update, name, None)) for name, _ in row.slots)
+    return {
+        name: _gained(update, tensor) if name == row.gain else tensor for name, tensor in given if tensor is not None
+    }
+
+
+def _gained(update: Update, tensor: Tensor) -> Tensor:
+    gain = getattr(update, "gain", 1.0)
+    return tensor if gain == 1.0 else Tensor.of((tensor.float() * gain).astype(np.float32))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def row_named(config: Mapping[str, Any]) -> Row | None:
+    """The row of the type that a configuration names."""
+    return BY_NAME.get(str(config.get("peft_type", "")).upper())
+
+
+def read(
+    evidence: Evidence, row: Row, normalise: Callable[[str], str]
+) -> tuple[dict[str, Update], dict[str, Tensor], dict[str, str]]:
+    """Updates by target, the tensors that are none of this type's, and the spellings.
+
+    ``normalise`` takes PEFT's prefix and the like off a key. Raises FormatError.
+    """
+    words = Words(evidence.config, evidence.path)
+    row.check(words)
+    shared, own = _apart(row, evidence)
+    modules, rest = row.layout.group(own, normalise, evidence.weights)
+    updates: dict[str, Update] = {}
+    for module, slots in modules.items():
+        try:
+            found = row.build(row, words, _uncopied(slots, shared) | shared, module)
+        except FormatError as error:
+            raise FormatError(error.what, error.where or f"{evidence.weights}: {module}", error.hint) from None
+        updates |= {module + part: update for part, update in found.items()}
+    if not updates:
+        raise FormatError(f"a {row.name} adapter without a module", evidence.weights)
+    stems = {suffix.split("_")[0] + "_" for _, suffix in row.slots}
+    if strays := [key for key in rest if any(stem in key for stem in stems)]:
+        raise FormatError("a tensor whose meaning is unknown", f"{evidence.weights}: {strays[0]}")
+    return updates, rest, {target: PREFIX + target for target in updates}
+
+
+def _apart(row: Row, evidence: Evidence) -> tuple[Slots, dict[str, Tensor]]:
+    """The tensors that all modules share by field, and the others by key."""
+    tensors = dict(evidence.file.tensors)
+    shared: Slots = {}
+    for name, key in row.shared:
+        found = [k for k in (SHARED + key, f"{SHARED}{key}.default") if k in tensors]
+        if len(found) > 1:
+            raise FormatError(f"two tensors for {key}", evidence.weights)
+        if not found:
+            raise FormatError(
+                f"{SHARED}{key} is not in the file: it was saved without what depends on the base",
+                evidence.weights,
+                "load it in PEFT and save it with save_projection=True",
+            )
+        shared[name] = tensors.pop(found[0])
+    return shared, tensors
+
+
+def _uncopied(slots: Slots, shared: Slots) -> Slots:
+    """A module's own tensors. Raises FormatError for a copy that differs from what is shared."""
+    for slot in [slot for slot in slots if slot.startswith(_COPY)]:
+        name = slot.removeprefix(_COPY)
+        if not slots.pop(slot).same_bytes(shared[name]):
+            raise FormatError(f"the module's own {name} differs from the one of all modules")
+    return slots
+
+
+# ---------------------------------------------------------------- writing
+
+
+def row_of(adapter: Adapter) -> Row | None:
+    """The type as which an adapter can be written: all its updates are of that one, and say the same of it."""
+    kinds = {type(update) for update in adapter.updates.values()}
+    fitting = [row for row in ROWS if kinds and kinds <= set(row.kinds)]
+    own = [row for row in fitting if row.name == _config_type(adapter)]
+    return next((row for row in own or fitting if _agree(adapter, row)), None)
+
+
+def _config_type(adapter: Adapter) -> str:
+    return str(adapter.metadata.config.get("peft_type", "")).upper()
+
+
+def _agree(adapter: Adapter, row: Row) -> bool:
+    """Whether what must be one for all modules is: shared tensors, settings, and a gain that a tensor can absorb."""
+    updates = list(adapter.updates.values())
+    if row.gain is None and any(getattr(u, "gain", 1.0) != 1.0 for u in updates):
+        return False
+    if not _still_says(adapter.metadata.config, adapter, row):
+        try:
+            row.told(adapter.updates)
+        except ValueError:
+            return False
+    return all(_same(getattr(u, name), getattr(updates[0], name)) for name, _ in row.shared for u in updates)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or one.same_bytes(other)
+
+
+def written(adapter: Adapter, row: Row, cut: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The stored tensors of all updates by key, and adapter_config.json; ``cut`` is taken off the modules' names."""
+    adapter = replace(adapter, updates={name.removeprefix(cut): u for name, u in adapter.updates.items()})
+    tensors: dict[str, Tensor] = {}
+    for module, updates in _by_module(adapter.updates).items():
+        slots = row.take(row, updates)
+        tensors |= {f"{PREFIX}{module}{suffix}": slots[name] for name, suffix in row.slots if name in slots}
+        tensors |= {f"{PREFIX}{module}{suffix}": getattr(updates[""], name) for name, suffix in row.copied}
+    first = next(iter(adapter.updates.values()))
+    tensors |= {f"{SHARED}{key}": getattr(first, name) for name, key in row.shared}
+    return tensors, configuration(adapter, row)
+
+
+def _by_module(updates: Mapping[str, Update]) -> dict[str, dict[str, Update]]:
+    """Updates by module and what stands behind its name: nothing, or ``.bias``."""
+    found: dict[str, dict[str, Update]] = {}
+    for target, update in updates.items():
+        part = ".bias" if is_bias(target) else ""
+        found.setdefault(target.removesuffix(part), {})[part] = update
+    return found
+
+
+def configuration(adapter: Adapter, row: Row) -> dict[str, Any]:
+    """adapter_config.json: the source's own fields, and those that its updates need."""
+    own = dict(adapter.metadata.config) if _config_type(adapter) == row.name else {}
+    modules = sorted(_by_module(adapter.updates))
+    config = {
+        "task_type": None,
+        "base_model_name_or_path": adapter.metadata.base_model,
+        "inference_mode": True,
+        "target_modules": modules,
+        **own,
+        "peft_type": row.name,
+    }
+    if any(adapter.spelling(name) != PREFIX + name for name in adapter.updates):  # renamed
+        config["target_modules"] = modules
+    if not (own and _still_says(own, adapter, row)):
+        config |= row.told(adapter.updates)
+    return config
+
+
+def _still_says(config: Mapping[str, Any], adapter: Adapter, row: Row) -> bool:
+    """Whether a configuration gives every module the settings that its update has."""
+    words = Words(config, Path(CONFIG))
+    try:
+        for module, updates in _by_module(adapter.updates).items():
+            told = row.settings(words, row.take(row, updates), module)
+            if any(
+                getattr(update, name, value) != value for update in updates.values() for name, value in told.items()
+            ):
+                return False
+    except FormatError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- what the rows say
+
+
+def only(updates: Mapping[str, Any], *names: str) -> Any:
+    """The value that an attribute path has in all updates. Raises ValueError where they differ."""
+    values = set()
+    for update in updates.values():
+        for name in names:
+            update = getattr(update, name)
+        values.add(update)
+    if len(values) != 1:
+        raise ValueError(".".join(names))
+    return values.pop()
+
+
+def patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and by full name the modules that differ."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {name: value for name, value in values.items() if value != common}
+
+
+def _adalora(words: Words, slots: Slots, module: str) -> dict[str, Any]:
+    masks = words.table_of("rank_pattern")
+    mask = next((masks[key] for key in masks if key.removesuffix(".default").rpartition(".")[0] == module), None)
+    rank = slots["down"].shape[0] if slots["down"].shape else 0
+    if mask is not None and (not isinstance(mask, list) or sum(map(bool, mask)) != rank):
+        raise FormatError(f"rank_pattern keeps another number of directions than the {rank} in the file")
+    return {"alpha": float(words.number("lora_alpha", 8)), "init_r": words.count("init_r", 12)}
+
+
+def _adalora_told(updates: Mapping[str, Any]) -> dict[str, Any]:
+    init = only(updates, "init_r")
+    masks = {f"{name}.lora_E": [n < u.rank for n in range(init)] for name, u in updates.items() if u.rank != init}
+    full = {f"{name}.lora_E": [True] * init for name, u in updates.items() if u.rank == init}
+    told = {"init_r": init, "target_r": init, "lora_alpha": only(updates, "alpha"), "total_step": 1}
+    return {**told, "rank_pattern": {**masks, **full} if masks else None, **_transposed(updates)}
+
+
+def _transposed(updates: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the layers are transposed; PEFT corrects it by their class."""
+    return {"fan_in_fan_out": any(update.layer == "transposed" for update in updates.values())}
+
+
+def _rank(updates: Mapping[str, Any]) -> dict[str, Any]:
+    return {"r": only(updates, "rank"), **_transposed(updates)}
+
+
+def _refuse(name: str, why: str) -> Callable[[Words], None]:
+    """A check that refuses a flag which makes the change depend on more than the file."""
+
+    def check(words: Words) -> None:
+        if words.flag(name):
+            raise FormatError(f"{name} is set: {why}", words.where, "it cannot be merged or converted")
+
+    return check
+
+
+def _miss(words: Words, slots: Slots, module: str) -> dict[str, Any]:
+    return {"small": words.table.get("init_weights") == "mini"}
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "ADALORA",
+        (AdaLora,),
+        (("down", ".lora_A"), ("up", ".lora_B"), ("singular", ".lora_E")),
+        gain="singular",
+        settings=_adalora,
+        told=_adalora_told,
+    ),
+    Row(
+        "VERA",
+        (Vera,),
+        (("scale_up", ".vera_lambda_b"), ("scale_down", ".vera_lambda_d")),
+        shared=(("down", "vera_A"), ("up", "vera_B")),
+        gain="scale_up",
+        told=lambda updates: {**_rank(updates), "save_projection": True},
+    ),
+    Row(
+        "PVERA",
+        (Pvera,),
+        (("scale_up", ".pvera_lambda_b"), ("scale_down", ".pvera_lambda_d")),
+        shared=(("down", "pvera_A"), ("up", "pvera_B")),
+        gain="scale_up",
+        check=_refuse("sample_at_inference", "the change is drawn anew at each step"),
+        told=lambda updates: {**_rank(updates), "save_projection": True},
+    ),
+    Row(
+        "DELORA",
+        (Delora,),
+        (("down", ".delora_A"), ("up", ".delora_B"), ("strength", ".delora_lambda"), ("norm", ".delora_w_norm")),
+        gain="strength",
+        told=lambda updates: dict(
+            zip(("r", "rank_pattern"), patterned({n: u.rank for n, u in updates.items()}), strict=True)
+        ),
+    ),
+)
+BY_NAME: Mapping[str, Row] = {row.name: row for row in ROWS}
+WORDS: tuple[str, ...] = tuple(dict.fromkeys(row.name.lower() for row in ROWS))
+
+REFUSED: Mapping[str, str] = {
+    "PSOFT": "it turns singular vectors of the base, whose signs are a matter of the library that finds them",
+    "ADAMSS": "which outputs its blocks stand for is found by clustering the base, and not in the file",
+}
