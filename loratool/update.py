@@ -91,6 +91,10 @@ class Update(ABC):
         """The same delta as one LoRA, exactly, with tensors made when they are read; None where there is none."""
         return None
 
+    def part(self, start: int, stop: int) -> Update | None:
+        """The update of output rows [start, stop) alone, of the same kind; None where the kind has no words for it."""
+        return None
+
     @property
     @abstractmethod
     def slots(self) -> Mapping[str, Tensor]:
@@ -143,7 +147,8 @@ class Additive(Update):
 
     def factors(self) -> tuple[np.ndarray, np.ndarray] | None:
         """An exact (up [o,r], down [r,i*k]) pair of the delta, scaling folded into up; None where there is none."""
-        return None
+        low = self.low_rank()
+        return None if low is None else low.factors()
 
     def __add__(self, other: Additive) -> Additive:
         return Sum((self, other))
@@ -233,6 +238,9 @@ class LowRank(Additive):
         """The same factors for a base that stores its weight as ``layer``."""
         return replace(self, layer=layer)
 
+    def part(self, start: int, stop: int) -> LowRank | None:
+        return replace(self, up=self.up.slice(start, stop)) if self.layer == "plain" else None
+
 
 @dataclass(frozen=True)
 class Dense(Additive):
@@ -261,6 +269,9 @@ class Dense(Additive):
     def scaled(self, by: float) -> Dense:
         return replace(self, scaling=self.scaling * by)
 
+    def part(self, start: int, stop: int) -> Dense:
+        return replace(self, value=self.value.slice(start, stop))
+
 
 @dataclass(frozen=True)
 class Replace(Update):
@@ -285,6 +296,9 @@ class Replace(Update):
             return (load(self.value.slice(start, stop)).reshape(stop - start, -1) - base) * strength
 
         return Prepared(delta)
+
+    def part(self, start: int, stop: int) -> Replace:
+        return replace(self, value=self.value.slice(start, stop))
 
 
 @dataclass(frozen=True)
@@ -343,16 +357,22 @@ class DoRA(Update):
     """DoRA: W' = magnitude x V / ||V||, V = W + delta (Liu et al. 2024).
 
     ``axis`` says for what the norms stand, in terms of the factors: 0 each output, 1 each input (LyCORIS' older
-    convention; also each dimension of an Embedding). ``magnitude`` holds as many values, whatever its shape.
+    convention; also each dimension of an Embedding). ``magnitude`` holds as many values, whatever its shape. The
+    direction is of any additive kind (LyCORIS decomposes LoHa and LoKr too).
     """
 
-    direction: LowRank
+    direction: Additive
     magnitude: Tensor
     axis: int = 0
 
     def __post_init__(self) -> None:
-        pair = (self.direction.up.shape[0], self.direction.down.shape[1])
-        if self.magnitude.size != pair[self.axis]:
+        shape, size = self.direction.shape, self.magnitude.size
+        if len(shape) < 2 or size == 0:
+            raise FormatError(f"a magnitude of shape {list(self.magnitude.shape)} for an update of {list(shape)}")
+        pair = shape[1::-1] if self.layer == "transposed" else shape[:2]
+        # the inputs of a LoHa or LoKr may hold a kernel, until the base tells it
+        unfolds = self.axis == 1 and len(shape) == 2 and not isinstance(self.direction, LowRank)
+        if pair[self.axis] % size if unfolds else pair[self.axis] != size:
             raise FormatError(
                 f"magnitude of shape {list(self.magnitude.shape)} does not fit {pair[self.axis]} "
                 f"{'inputs' if self.axis else 'outputs'}"
@@ -363,7 +383,7 @@ class DoRA(Update):
         return "dora"
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int | None:
         return self.direction.rank
 
     @property
@@ -377,11 +397,17 @@ class DoRA(Update):
     @property
     def layer(self) -> Layer:
         """How the base stores the weight."""
-        return self.direction.layer
+        return self.direction.layer if isinstance(self.direction, LowRank) else "plain"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.direction.shape
+
+    def sized(self, shape: tuple[int, ...]) -> DoRA | None:
+        direction = self.direction.sized(shape)
+        if not isinstance(direction, Additive):
+            return None
+        return self if direction is self.direction else replace(self, direction=direction)
 
     @property
     def slots(self) -> Mapping[str, Tensor]:
@@ -389,15 +415,25 @@ class DoRA(Update):
 
     def oriented(self, layer: Layer) -> DoRA:
         """The same update for a base that stores its weight as ``layer``."""
+        if not isinstance(self.direction, LowRank):  # held as the base stores it
+            return self
         return replace(self, direction=self.direction.oriented(layer))
+
+    def part(self, start: int, stop: int) -> DoRA:
+        if self.axis == 1:
+            raise FormatError("a DoRA magnitude for each input of a fused projection cannot be split exactly")
+        direction = rows(self.direction, start, stop)
+        assert isinstance(direction, Additive)  # rows of what is additive are
+        magnitude = self.magnitude.reshape(self.magnitude.size).slice(start, stop)
+        return replace(self, direction=direction, magnitude=magnitude)
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         direction = self.direction.prepare(load)
         magnitude = load(self.magnitude).reshape(-1)
-        stored_axis = 1 - self.axis if self.direction.layer == "transposed" else self.axis
+        stored_axis = 1 - self.axis if self.layer == "transposed" else self.axis
         if stored_axis == 0:
             return Prepared(lambda *block: _rescaled_rows(direction, magnitude, strength, *block))
-        return _by_column(direction, magnitude, strength, self.shape[1])
+        return _by_column(direction, magnitude, strength, self.magnitude.size)
 
 
 def _rescaled_rows(
@@ -507,6 +543,10 @@ class AdditiveRows(Rows, Additive):
     def scaled(self, by: float) -> AdditiveRows:
         return AdditiveRows(self.whole.scaled(by), self.start, self.stop)
 
+    def low_rank(self) -> LowRank | None:
+        low = self.whole.low_rank()
+        return low and low.part(self.start, self.stop)
+
     def factors(self) -> tuple[np.ndarray, np.ndarray] | None:
         pair = self.whole.factors()
         return None if pair is None else (pair[0][self.start : self.stop], pair[1])
@@ -572,18 +612,9 @@ def rows(update: Update, start: int, stop: int) -> Update:
     """
     if (start, stop) == (0, update.shape[0]):
         return update
-    if isinstance(update, LowRank) and update.layer == "plain":
-        return replace(update, up=update.up.slice(start, stop))
-    if isinstance(update, Dense):
-        return replace(update, value=update.value.slice(start, stop))
-    if isinstance(update, Replace):
-        return replace(update, value=update.value.slice(start, stop))
-    if isinstance(update, DoRA):
-        if update.axis == 1:
-            raise FormatError("a DoRA magnitude for each input of a fused projection cannot be split exactly")
-        direction = rows(update.direction, start, stop)
-        assert isinstance(direction, LowRank)
-        return replace(update, direction=direction, magnitude=update.magnitude.reshape(update.magnitude.size).slice(start, stop))
+    own = update.part(start, stop)
+    if own is not None:
+        return own
     return AdditiveRows(update, start, stop) if isinstance(update, Additive) else Rows(update, start, stop)
 
 
@@ -629,7 +660,7 @@ def _whole_of(parts: Sequence[Update | None], heights: Sequence[int]) -> Update 
 
 def _stacked_dora(parts: Sequence[DoRA], heights: Sequence[int]) -> DoRA | None:
     direction = stack([part.direction for part in parts], heights)
-    if not isinstance(direction, LowRank):
+    if not isinstance(direction, Additive):
         return None
     return DoRA(direction, Tensor.joined([part.magnitude.reshape(part.magnitude.size) for part in parts]), 0)
 

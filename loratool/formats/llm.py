@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -168,7 +168,8 @@ def reordered(update: Update, order: np.ndarray) -> Update:
     """An update (LoRA, or DoRA by output) with its output rows in another order."""
     if isinstance(update, DoRA):
         flat = update.magnitude.reshape(update.magnitude.size)
-        direction = replace(update.direction, up=taken(update.direction.up, order))
+        direction = reordered(update.direction, order)
+        assert isinstance(direction, LowRank)
         return replace(update, direction=direction, magnitude=taken(flat, order))
     assert isinstance(update, LowRank)
     return replace(update, up=taken(update.up, order))
@@ -180,13 +181,13 @@ def unreadable(update: Update, error: FormatError) -> Update:
     def refuse(start: int, stop: int) -> np.ndarray:
         raise error
 
-    def shut(low: LowRank) -> LowRank:
+    def shut(low: Update) -> LowRank:
+        assert isinstance(low, LowRank)
         return replace(low, up=Tensor(low.up.dtype, low.up.shape, refuse))
 
     if isinstance(update, DoRA):
         magnitude = Tensor(update.magnitude.dtype, update.magnitude.shape, refuse)
         return replace(update, direction=shut(update.direction), magnitude=magnitude)
-    assert isinstance(update, LowRank)
     return shut(update)
 
 
@@ -395,6 +396,6 @@ def metadata(evidence: Evidence, format: str, **more: Any) -> Metadata:
     return Metadata(format, **{**usual, **more})
 
 
-def numbers(parts: Sequence[str]) -> list[int]:
-    """The layer and expert numbers in a name's parts."""
-    return [int(part) for part in parts if part.isdecimal()]
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts names with their numbers in order: layer 2 before layer 10."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
