@@ -14,8 +14,9 @@ from functools import cached_property
 
 from loratool.adapter import Adapter, parameter
 from loratool.architectures import Slot
-from loratool.architectures.llm import CONV1D_MODELS, CONV1D_NAMES, RENAMED_PREFIXES
+from loratool.architectures.llm import CONV1D_MODELS, CONV1D_NAMES, RENAMED_PREFIXES, experts_transposed
 from loratool.errors import MatchError
+from loratool.kinds.experts import Experts
 from loratool.model import Model
 from loratool.update import Update
 
@@ -60,6 +61,14 @@ class Names:
                 some = ", ".join(sorted(distinct.values())[:3])
                 return Unmatched(name, f"ambiguous: {some}")
         return Unmatched(name, f"nearest: {self.nearest(name)}")
+
+    def find_target(self, target: str) -> tuple[str, str] | Unmatched:
+        """(the base's name, how it was found) of what a target means: a module's weight, or a bare parameter."""
+        if target in self.places:
+            return target, "exact"
+        hit = self.find(parameter(target))
+        bare = self.find(target) if isinstance(hit, Unmatched) else hit
+        return hit if isinstance(bare, Unmatched) else bare
 
     def _renamed(self, name: str) -> list[str]:
         """Names under the prefixes that known models changed."""
@@ -134,7 +143,7 @@ def match(adapter: Adapter, model: Model) -> tuple[list[Match], list[Unmatched]]
     unmatched: list[Unmatched] = []
     taken: dict[Slot, str] = {}
     for target, update in adapter.updates.items():
-        hit = names.find(parameter(target))
+        hit = names.find_target(target)
         if isinstance(hit, Unmatched):
             unmatched.append(Unmatched(adapter.spelling(target), hit.why))
             continue
@@ -168,6 +177,8 @@ def orient(update: Update, target: str, place: Slot, model: Model) -> Update:
 
 def _orientations(update: Update, place: Slot, model: Model) -> list[Update]:
     """The orientations to try, likeliest first: what the architecture says goes before what the file believes."""
+    if isinstance(update, Experts):
+        return [*update.orders(experts_transposed(model.config_of(place.tensor)))]
     turned = getattr(update, "oriented", None)  # None: held as the base stores it
     layer = getattr(update, "layer", "plain")
     if turned is None or layer == "embedding" or len(update.shape) > 2:

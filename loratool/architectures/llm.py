@@ -33,10 +33,29 @@ RENAMED_PREFIXES: tuple[tuple[str, str], ...] = (
 CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "decision_transformer", "imagegpt"))
 CONV1D_NAMES = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
+# Models whose stacked experts are [E,in,out]; those of all others are [E,out,in] (transformers 5, `is_transposed`).
+TRANSPOSED_EXPERTS = frozenset(("aria", "aria_text", "gpt_oss", "openai_privacy_filter"))
+
 # Leaf names of input embeddings: for formats that must know an Embedding and are told nothing.
 EMBEDDING_LEAVES = frozenset(
-    ("embed_tokens", "embed_in", "embed_positions", "wte", "wpe", "shared", "tok_embeddings", "token_embedding")
+    (
+        "embed_tokens",
+        "embed_in",
+        "embed_positions",
+        "relative_attention_bias",
+        "wte",
+        "wpe",
+        "shared",
+        "tok_embeddings",
+        "token_embedding",
+    )
 ) | {"position_embedding", "word_embeddings", "position_embeddings", "token_type_embeddings"}
+
+
+def experts_transposed(config: Mapping[str, Any]) -> bool | None:
+    """Whether a model stores its stacked experts as [E,in,out]; None where its configuration does not name it."""
+    found = config.get("model_type")
+    return found in TRANSPOSED_EXPERTS if isinstance(found, str) else None
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def placed(name: str, update: Update, model: Model | None) -> Placed:
         if update.needs_base:
             raise MatchError(f"an update of kind {update.kind} needs the base", name, "give --base")
         return update, None
-    hit = Names(model.places).find(parameter(name))
+    hit = Names(model.places).find_target(name)
     if isinstance(hit, Unmatched):
         if update.needs_base:
             raise MatchError("a module has no target in the base", str(hit))
