@@ -405,7 +405,8 @@ class DoRA(Update):
 
     def sized(self, shape: tuple[int, ...]) -> DoRA | None:
         direction = self.direction.sized(shape)
-        if not isinstance(direction, Additive):
+        unfolded = isinstance(direction, LowRank) or self.axis == 0 or shape[1] == self.magnitude.size
+        if not isinstance(direction, Additive) or not unfolded:
             return None
         return self if direction is self.direction else replace(self, direction=direction)
 

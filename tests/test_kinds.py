@@ -16,7 +16,7 @@ from loratool.kinds.kronecker import LoKr
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.tensors import Tensor
-from loratool.update import Additive, Update
+from loratool.update import Additive, DoRA, Update, rows
 from tests.samples import normal
 
 
@@ -610,3 +610,51 @@ def test_parts_of_rotations_are_rotations() -> None:
     assert OFT(normal(3, 4, 4), alpha=0.1).part(4, 12) is None
     inputs = PeftBOFT(normal(1, 1, 5, 5), normal(12, 1))
     close(inputs.part(3, 7).apply(w[3:7]), inputs.apply(w)[3:7])  # type: ignore[union-attr]
+
+
+# -- DoRA of other kinds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_output", [True, False])
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_dora_of_loha_and_lokr_is_what_lycoris_merges(kind: str, by_output: bool) -> None:
+    """Section 3.12; the magnitude by input of a convolution whose kernel the factors hold flattened."""
+    import torch
+    from lycoris.functional.general import weight_decompose
+    from lycoris.modules.loha import LohaModule
+    from lycoris.modules.lokr import LokrModule
+
+    made: Any = LohaModule if kind == "loha" else LokrModule
+    for layer in (torch.nn.Linear(12, 16), torch.nn.Conv2d(12, 16, (3, 2))):
+        torch.manual_seed(0)
+        module = made("", layer, 1.0, 1, 3.0, weight_decompose=True, wd_on_out=by_output)
+        for name, parameter in module.named_parameters():
+            if name != "dora_scale":
+                torch.nn.init.normal_(parameter, std=0.5)
+        slots = {k: Tensor.of(v.detach().numpy().copy()) for k, v in module.custom_state_dict().items()}
+        alpha, scale = slots.pop("alpha").item(), slots.pop("dora_scale")
+        inner: Any = LoHa if kind == "loha" else LoKr
+        direction = inner(**{k.partition("_")[2]: t for k, t in slots.items()}, alpha=alpha)
+        update = DoRA(direction, scale, axis=0 if by_output else 1).sized(tuple(layer.weight.shape))
+        assert update is not None
+        weight = layer.weight.detach()
+        value = weight + module.get_weight(layer.weight.shape).detach()
+        expected = weight_decompose(value, module.dora_scale.detach(), 1.0, by_output)
+        close(update.apply(weight.numpy()), expected)
+        assert update.scaling == direction.scaling
+
+
+def test_rows_of_a_dora_of_a_loha() -> None:
+    update = DoRA(loha(), Tensor.of(1 + np.abs(normal(12, 1).array())))
+    part, w = rows(update, 3, 9), base(12, 10)
+    assert isinstance(part, DoRA)
+    assert isinstance(part.direction, LoHa)
+    close(part.apply(w[3:9]), update.apply(w)[3:9])
+
+
+def test_a_magnitude_that_fits_neither_side_of_a_loha() -> None:
+    with pytest.raises(FormatError, match="does not fit 12 outputs"):
+        DoRA(loha(), normal(10))
+    with pytest.raises(FormatError, match="does not fit 10 inputs"):
+        DoRA(loha(), normal(3), axis=1)
+    assert DoRA(loha(), normal(5), axis=1).sized((12, 10)) is None
