@@ -71,14 +71,14 @@ class Model:
         """Every name by which a parameter may be called -> the tensor (or rows of it) that it is."""
         places = {name: Slot(name) for name in self.parameters}
         if self.architecture:
-            slots = self.architecture.checkpoint(self.parameters)
+            slots = self.architecture.checkpoint({name: at[0].tensor.shape for name, at in self.parameters.items()})
             places.update({n: s for n, s in slots.items() if s.tensor in self.parameters and n not in places})
         return places
 
     @cached_property
     def architecture(self) -> Any:
         """The known architecture of a single-file checkpoint with names of its own, else None."""
-        if self.is_folder or not any("diffusion_model." in name for name in self.parameters):
+        if self.is_folder:
             return None
         return identify_checkpoint({name: at[0].tensor.shape for name, at in self.parameters.items()})
 

@@ -1,22 +1,39 @@
 """Name tables of known model families, as data; tables are built when first used.
 
 ``ARCHITECTURES`` is all there is: a new family is a file that makes an ``Architecture``, and an entry here.
+
+What those who read and write adapters need:
+
+- `identify(modules)`: the architecture of an adapter, from module names in any spelling and their shapes.
+- ``arch.pieces(name, shape)``: the reference modules that a stored module is, each with its rows of it: one piece of
+  all rows for a plain module, three for a fused qkv, one of two ranges where halves are swapped; none for a name that
+  is not known. `update.rows` takes the update apart.
+- ``arch.stored(reference, world)``: the module, in the names of ``kohya``, ``comfy``, ``native`` or ``diffusers``,
+  that holds a reference module, and the segments (references, or equal parts of one) whose rows it stacks;
+  ``heights`` gives their rows, also of segments that an adapter lacks. `update.stack` puts the updates together.
+- ``arch.checkpoint(tensors)``: the places of reference parameters in a single file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from loratool.architectures.base import Architecture, Row, Shape, Slot, agree
+from loratool.architectures.base import Architecture, Piece, Row, Segment, Shape, Slot, Stored, agree
+from loratool.architectures.base import split as _split
+from loratool.architectures.flux import CHROMA, FLUX
 from loratool.architectures.sd import SD1, SD2, SDXL, flatten, targets, unflatten
 from loratool.architectures.table import NameTable
+from loratool.architectures.transformer import MAINS, Evidence, Transformer, spelled
 
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "NameTable",
+    "Piece",
     "Row",
+    "Segment",
     "Slot",
+    "Stored",
     "architecture",
     "flatten",
     "identify",
@@ -26,7 +43,11 @@ __all__ = [
     "unflatten",
 ]
 
-ARCHITECTURES: tuple[Architecture, ...] = (SD1, SD2, SDXL)
+UNETS: tuple[Architecture, ...] = (SD1, SD2, SDXL)
+TRANSFORMERS: tuple[Transformer, ...] = (FLUX, CHROMA)  # of several that fit alike, the first is meant
+ARCHITECTURES: tuple[Architecture, ...] = (*UNETS, *TRANSFORMERS)
+
+_OTHERS = ("first_stage_model.", "vae.", "model_ema.", "cond_stage_model.", "conditioner.", "text_encoders.")
 
 
 def architecture(name: str) -> Architecture | None:
@@ -37,14 +58,30 @@ def architecture(name: str) -> Architecture | None:
 def identify(modules: Mapping[str, Shape]) -> Architecture | None:
     """The architecture that an adapter is for, or None if it is for none that is known.
 
-    ``modules`` are raw module names, in any spelling that ``Architecture.resolve`` reads, with the shapes
-    (out, in, ...) of their updates; ``()`` where a shape is not known. What fits most modules by name and
-    shape wins; then what also has the same number of axes (proj_in is a convolution in 1.x only); then what
-    would be written the same way (LDM names: XL); then the first.
+    ``modules`` are raw module names, in any spelling that ``Architecture.pieces`` reads, with the shapes
+    (out, in, ...) of their updates; ``()`` where a shape is not known.
     """
-    resolved = {known: _resolved(known, modules) for known in ARCHITECTURES}
-    evidence = {known: _evidence(known, modules, resolved[known]) for known in ARCHITECTURES}
-    best = max(ARCHITECTURES, key=lambda known: evidence[known])
+    return _transformer(modules, 0.75) or _unet(modules)
+
+
+def _transformer(modules: Mapping[str, Shape], share: float) -> Transformer | None:
+    """The diffusion transformer whose names most of these are, at least that share of them; then whose shapes."""
+    bodies = {name.body[0] for name in map(spelled, modules) if name.role in MAINS}
+    likely = (known for known in TRANSFORMERS if not bodies.isdisjoint(known.table.read))
+    counts = ((known.evidence(modules), known) for known in likely)
+    best: tuple[Evidence, Transformer] | None = max(counts, key=lambda count: count[0], default=None)
+    return best[1] if best and best[0].main and best[0].known >= share * len(modules) else None
+
+
+def _unet(modules: Mapping[str, Shape]) -> Architecture | None:
+    """What fits most modules by name and shape wins; then what also has the same number of axes (proj_in is a
+    convolution in 1.x only); then what would be written the same way (LDM names: XL); then the first.
+    """
+    if not any(map(_split, modules)):
+        return None
+    resolved = {known: _resolved(known, modules) for known in UNETS}
+    evidence = {known: _evidence(known, modules, resolved[known]) for known in UNETS}
+    best = max(UNETS, key=lambda known: evidence[known])
     fitting = evidence[best][0]
     unets = sum(name.startswith("unet.") for name in resolved[best].values())
     strangers = len(modules) - len(resolved[best])
@@ -58,16 +95,25 @@ def identify_names(modules: Iterable[str]) -> Architecture | None:
     Where several do, the one that would write most of the names just so (LDM names: XL).
     """
     names = list(modules)
-    knowing = [known for known in ARCHITECTURES if names and all(map(known.resolve, names))]
+    if known := _transformer(dict.fromkeys(names, ()), 1.0):
+        return known
+    knowing = [known for known in UNETS if names and all(map(known.resolve, names))]
     return max(knowing, key=lambda known: sum(n in known.kohya().backward for n in names), default=None)
 
 
 def identify_checkpoint(tensors: Mapping[str, Shape]) -> Architecture | None:
     """The architecture of a single-file checkpoint, by tensor names and shapes, or None.
 
-    A checkpoint of other widths is known by its names, if it has every name of the UNet and no other.
+    A UNet of other widths is known by its names, if it has every name of the UNet and no other; a transformer by
+    nearly all of its names.
     """
-    counts = [(*_slots_fitting(known, tensors), known) for known in ARCHITECTURES]
+    weights = {name.removesuffix(".weight"): shape for name, shape in tensors.items() if name.endswith(".weight")}
+    mains = {name: shape for name, shape in weights.items() if not name.startswith(_OTHERS) and len(shape) > 1}
+    if known := _transformer(mains, 0.9):
+        return known
+    if not any("diffusion_model." in name or name.startswith("input_blocks.") for name in tensors):
+        return None
+    counts = [(*_slots_fitting(known, tensors), known) for known in UNETS]
     fitting, present, best = max(counts, key=lambda count: count[0])
     if 2 * fitting > present:
         return best

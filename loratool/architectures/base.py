@@ -7,7 +7,7 @@ The reference namespace is diffusers' module names behind the name of the pipeli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -102,6 +102,37 @@ class Slot(NamedTuple):
         return rows[::-1] if self.transposed else rows
 
 
+class Piece(NamedTuple):
+    """A reference module, and which rows of a stored module it is, one below the other."""
+
+    reference: str
+    rows: Ranges
+
+
+class Segment(NamedTuple):
+    """Part ``part`` of ``of`` equal ones of a reference module's rows."""
+
+    reference: str
+    part: int = 0
+    of: int = 1
+
+
+def _only(known: Sequence[Shape | None]) -> tuple[int, ...] | None:
+    return None if None in known else tuple(shape[0] for shape in known if shape)
+
+
+class Stored(NamedTuple):
+    """A module as a format names it: the segments that its rows are, from the top.
+
+    ``heights`` gives the rows of each segment, where the shapes of some of their modules are known (None for the
+    others), and None where these do not tell.
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+    heights: Callable[[Sequence[Shape | None]], tuple[int, ...] | None] = _only
+
+
 class Row(NamedTuple):
     """One weight-carrying module: its names, the shape of its weight, its place in a checkpoint.
 
@@ -151,6 +182,37 @@ class Architecture:
         """The reference name of a module of this very architecture in any known spelling, or None."""
         found = split(name)
         return self._spellings.get(found) if found else None
+
+    def pieces(self, name: str, shape: Shape = ()) -> tuple[Piece, ...]:
+        """The reference modules that a stored module of that name and shape is, in any known spelling.
+
+        Each with its rows; all of them where the module is not a fused one. Empty for an unknown name, and for a shape
+        that has no such rows.
+        """
+        found = self.from_kohya(name)
+        return (Piece(found, ((0, shape[0] if shape else 1),)),) if found else ()
+
+    def stored(self, reference: str, world: str = "kohya", shape: Shape = ()) -> Stored | None:
+        """The module, in the names of a world, that holds a reference module; None where it has none.
+
+        Worlds are ``kohya``, ``native`` (the original repository's names, bare), ``comfy`` and ``diffusers``.
+        """
+        name = self._written(reference).get(world)
+        return Stored(name, (Segment(reference),)) if name else None
+
+    def _written(self, reference: str) -> Mapping[str, str]:
+        slot = self.checkpoint().get(f"{reference}.weight")
+        kohya = self.kohya().forward.get(reference)
+        if slot is None or kohya is None:
+            return {}
+        component, _, body = reference.partition(".")
+        ldm = slot.tensor.removesuffix(".weight").removeprefix("model.")
+        comfy = ldm if component == "unet" else f"text_encoders.{self._clip(component)}.transformer.{body}"
+        native = ldm.removeprefix("diffusion_model.") if component == "unet" else comfy
+        return {"kohya": kohya, "comfy": comfy, "native": native, "diffusers": reference}
+
+    def _clip(self, component: str) -> str:
+        return "clip_g" if component == "text_encoder_2" else "clip_h" if self.name == "sd2" else "clip_l"
 
     def from_kohya(self, name: str) -> str | None:
         """The reference name of a kohya name, or None where it is no name of this kind of model.

@@ -1,0 +1,362 @@
+"""Diffusion transformers: architectures whose names are templates, so that any number of blocks is read.
+
+A name is looked up in three steps: its prefix tells the component, its body loses its dots and numbers, and what is
+left is looked up in the tables of `rows`. Widths are only needed where proportions are not told by a stored shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from loratool.architectures.base import (
+    Architecture,
+    Piece,
+    Ranges,
+    Segment,
+    Shape,
+    Slot,
+    Stored,
+    agree,
+    flat,
+)
+from loratool.architectures.rows import Hit, Line, Numbers, Size, Table, skeleton
+from loratool.architectures.table import NameTable
+
+MAIN = "transformer"
+MAINS = (MAIN, "transformer_2")  # Wan 2.2 has two of one kind
+
+# How names begin, and what they then speak of: the main model, or a text encoder by the name that this world has for
+# it (kohya-ss/sd-scripts, Nerogar/OneTrainer, LyCORIS, diffusers, ComfyUI). Longest first where one begins another.
+DOTTED = (
+    ("base_model.model.", ""),
+    ("model.diffusion_model.", MAIN),
+    ("diffusion_model.", MAIN),
+    ("transformer.", MAIN),
+    ("transformer_2.", "transformer_2"),
+    ("unet.", MAIN),
+    ("net.", MAIN),
+    ("text_encoder.", "text_encoder"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("text_encoder_3.", "text_encoder_3"),
+    ("text_encoder_4.", "text_encoder_4"),
+)
+FLAT = (
+    ("lora_unet_", MAIN),
+    ("lora_transformer_", MAIN),
+    ("oft_unet_", MAIN),
+    ("lycoris_", MAIN),
+    ("lora_te_", "te"),
+    ("lora_te1_", "te1"),
+    ("lora_te2_", "te2"),
+    ("lora_te3_", "te3"),
+    ("lora_te4_", "te4"),
+)
+_AGAIN = ("model_diffusion_model_", "diffusion_model_", "unet_")  # prefixes that stand twice in published files
+
+
+class Spelled(NamedTuple):
+    """A name taken apart: whom it speaks of, its body without dots and numbers, and the numbers."""
+
+    role: str
+    body: tuple[str, Numbers]
+    prefixed: bool
+
+
+@lru_cache(1 << 15)
+def spelled(name: str) -> Spelled:
+    """``name`` taken apart; without a known prefix it speaks of the main model."""
+    role, body = "", name
+    flattened = next(((r, name[len(p) :]) for p, r in FLAT if name.startswith(p)), None)
+    if flattened:
+        role, body = flattened[0], flattened[1].strip("_")
+        while again := next((p for p in _AGAIN if body.startswith(p)), ""):
+            body = body[len(again) :]
+    elif name.startswith("text_encoders.") and ".transformer." in name:
+        role, _, body = name.removeprefix("text_encoders.").partition(".transformer.")
+    else:
+        while found := next(((p, r) for p, r in DOTTED if body.startswith(p)), None):
+            role, body = found[1] or role, body[len(found[0]) :]
+    if body.startswith("sformer_blocks"):  # seen in published files: a prefix was cut off too long
+        body = f"tran{body}"
+    return Spelled(role or MAIN, skeleton(flat(body).strip("_")), bool(role))
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A text encoder: its component, its modules, and how each world calls it.
+
+    ``roles`` are what prefixes call it; ``kohya`` and ``comfy`` are the prefixes that are written. ``levels`` may stand
+    before a body, or be missing there (``text_model.``, ``model.``).
+    """
+
+    component: str
+    table: Table
+    size: Size
+    roles: tuple[str, ...]
+    kohya: str
+    comfy: str
+    levels: tuple[str, ...] = ()
+
+    def find(self, body: tuple[str, Numbers], shape: Shape) -> Hit | None:
+        """What a flattened body means."""
+        if found := self.table.find(body, shape):
+            return found
+        for level in map(flat, self.levels):
+            other = body[0].removeprefix(level) if body[0].startswith(level) else level + body[0]
+            if found := self.table.find((other, body[1]), shape):
+                return found
+        return None
+
+
+class _Found(NamedTuple):
+    """What a name means: the component, the line, and the usual widths there."""
+
+    component: str
+    hit: Hit
+    widths: Mapping[str, int]
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return tuple(f"{self.component}.{reference}" for reference in self.hit.references)
+
+
+@dataclass(frozen=True, eq=False)
+class Transformer(Architecture):
+    """A diffusion transformer. ``sizes`` are the published models, the first one being meant where none is told.
+
+    ``flattened`` says whose names kohya's are: ``native`` or ``diffusers``.
+    """
+
+    table: Table = field(kw_only=True, repr=False)
+    sizes: tuple[Size, ...] = field(kw_only=True, repr=False)
+    encoders: tuple[Encoder, ...] = field(default=(), kw_only=True, repr=False)
+    flattened: str = field(default="native", kw_only=True, repr=False)
+
+    # ---------------------------------------------------------------- modules
+
+    def shapes(self, size: Size | None = None) -> Mapping[str, Shape]:
+        """The shape of each module's weight, by reference name, in a published size (the first one)."""
+        size = size or self.sizes[0]
+        found: Mapping[str, Shape] = self._by_size.setdefault(size.name, dict(self._modules(size)))
+        return found
+
+    def modules(self) -> tuple[str, ...]:
+        return tuple(self.shapes())
+
+    def parameters(self, size: Size | None = None) -> Mapping[str, Shape]:
+        """Every parameter of a published size by reference name: weights, biases, and those without a module."""
+        size = size or self.sizes[0]
+        found: dict[str, Shape] = {}
+        for name, line, shape in self._lines(size):
+            found[f"{name}.weight" if line.parameter else name] = shape
+            if line.bias:
+                found[f"{name}.bias"] = shape[:1]
+        return found
+
+    @cached_property
+    def _by_size(self) -> dict[str, dict[str, Shape]]:
+        return {}
+
+    def _modules(self, size: Size) -> Iterator[tuple[str, Shape]]:
+        yield from ((name, shape) for name, line, shape in self._lines(size) if line.parameter)
+
+    def _lines(self, size: Size) -> Iterator[tuple[str, Line, Shape]]:
+        mains = ((MAIN, hit, size) for hit in self.table.modules(size))
+        texts = ((e.component, hit, e.size) for e in self.encoders for hit in e.table.modules(e.size))
+        for component, hit, of in (*mains, *texts):
+            for reference, part in zip(hit.references, hit.line.parts, strict=True):
+                yield f"{component}.{reference}", hit.line, hit.line.shape(part, of.widths)
+
+    # ---------------------------------------------------------------- reading
+
+    def resolve(self, name: str) -> str | None:
+        found = self._find(spelled(name))
+        return found.references[0] if found and found.hit.line.whole else None
+
+    def from_kohya(self, name: str) -> str | None:
+        return self.resolve(name)
+
+    def knows(self, name: str) -> bool:
+        """Whether it is a name of this kind of model, fused or not."""
+        return self._find(spelled(name)) is not None
+
+    def pieces(self, name: str, shape: Shape = ()) -> tuple[Piece, ...]:
+        found = self._find(spelled(name), shape)
+        if found is None:
+            return ()
+        if not shape:
+            return (Piece(found.references[0], ((0, 1),)),) if found.hit.line.whole else ()
+        ranges = found.hit.line.ranges(shape, found.widths) or ()
+        return tuple(map(Piece, found.references, ranges)) if ranges else ()
+
+    def _find(self, name: Spelled, shape: Shape = ()) -> _Found | None:
+        if name.role in MAINS:
+            hit = self.table.find(name.body, shape)
+            return _Found(name.role, hit, self.sizes[0].widths) if hit else None
+        for encoder in self.encoders:
+            if name.role in encoder.roles and (hit := encoder.find(name.body, shape)):
+                return _Found(encoder.component, hit, encoder.size.widths)
+        return None
+
+    # ---------------------------------------------------------------- writing
+
+    def stored(self, reference: str, world: str = "kohya", shape: Shape = ()) -> Stored | None:
+        component, _, body = reference.partition(".")
+        at, names = skeleton(flat(body)), world
+        if world == "kohya":
+            names = self.flattened
+        encoder = next((e for e in self.encoders if e.component == component), None)
+        if component in MAINS:
+            hit = self.table.holder(at, shape, names)
+            prefix = {"kohya": "lora_unet_", "comfy": "diffusion_model.", "native": ""}.get(world, f"{component}.")
+            widths = self.sizes[0].widths
+        elif encoder:
+            hit = encoder.table.holder(at, shape)
+            prefix = {"kohya": encoder.kohya, "diffusers": f"{component}."}.get(world, encoder.comfy)
+            widths = encoder.size.widths
+        if (component not in MAINS and not encoder) or hit is None or not hit.line.parameter:
+            return None
+        references = [f"{component}.{name}" for name in hit.references]
+        segments = tuple(map(Segment, references))
+        if hit.line.swapped:
+            segments = (Segment(references[0], 1, 2), Segment(references[0], 0, 2))
+        name = prefix + (flat(hit.native) if world == "kohya" else hit.native)
+        return Stored(name, segments, lambda known: _heights(hit.line, known, widths))
+
+    def kohya(self) -> NameTable:
+        """Reference names <-> kohya's, of those modules that are no part of a fused one."""
+        found = ((name, self.stored(name, shape=shape)) for name, shape in self.shapes().items())
+        pairs = ((name, s.name) for name, s in found if s and s.segments == (Segment(name),))
+        return self._tables.setdefault("kohya", NameTable(tuple(pairs)))
+
+    @cached_property
+    def _tables(self) -> dict[str, NameTable]:
+        return {}
+
+    # ---------------------------------------------------------------- single files
+
+    def checkpoint(self, tensors: Container[str] = ()) -> Mapping[str, Slot]:
+        """Reference parameter names -> places in a single file: of the original repository's names, ComfyUI's or
+        diffusers', with or without prefix.
+
+        ``tensors`` maps the names in the file at hand to their shapes: that tells the rows of fused modules.
+        """
+        shapes = tensors if isinstance(tensors, Mapping) and tensors else self._usual
+        found: dict[str, Slot] = {}
+        for name in shapes:
+            for reference, slot in self._slots_of(name, shapes):
+                found.setdefault(reference, slot)
+        return found
+
+    def _slots_of(self, name: str, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Slot]]:
+        """The reference parameters that a stored tensor holds, and where in it."""
+        module, _, leaf = name.rpartition(".")
+        shape = shapes[name]
+        wide = shapes.get(f"{module}.weight", shape) if leaf == "bias" else shape
+        found = self._find(spelled(module), wide)
+        if found is None or leaf not in (found.hit.line.parameter, "bias"):
+            found, leaf = self._find(spelled(name), wide), ""
+        if found is None or bool(leaf) != bool(found.hit.line.parameter):
+            return
+        suffix = {"": "", "bias": ".bias"}.get(leaf, ".weight")
+        for reference, rows in zip(found.references, found.hit.line.ranges(wide, found.widths) or (), strict=False):
+            yield f"{reference}{suffix}", slot_of(name, rows, wide[0] if wide else 1)
+
+    @cached_property
+    def _usual(self) -> Mapping[str, Shape]:
+        """A single file of the first size."""
+        found: dict[str, Shape] = {}
+        size = self.sizes[0]
+        mains = (("model.diffusion_model.", hit, size) for hit in self.table.modules(size))
+        texts = ((e.comfy, hit, e.size) for e in self.encoders for hit in e.table.modules(e.size))
+        for prefix, hit, of in (*mains, *texts):
+            shape = hit.line.stored_shape(of.widths)
+            found[f"{prefix}{hit.native}" + (hit.line.parameter and f".{hit.line.parameter}")] = shape
+            if hit.line.bias:
+                found[f"{prefix}{hit.native}.bias"] = shape[:1]
+        return found
+
+    # ---------------------------------------------------------------- recognition
+
+    def evidence(self, modules: Mapping[str, Shape]) -> Evidence:
+        """What tells for this family: see `Evidence`."""
+        found = [(self._find(spelled(name), shape), shape) for name, shape in modules.items()]
+        known = [(hit.hit, shape) for hit, shape in found if hit and hit.component in MAINS]
+        right = sum(hit.line.agrees(shape) for hit, shape in known)
+        within = max(self._within(size, known) for size in self.sizes)
+        return Evidence(sum(hit is not None for hit, _ in found), right, *within, len(known))
+
+    def _within(self, size: Size, known: Sequence[tuple[Hit, Shape]]) -> tuple[int, int]:
+        exact = sum(bool(shape) and self._fits(size, hit.line, shape) for hit, shape in known)
+        inside = sum(
+            all(n in size.numbers(letter) for letter, n in zip(hit.line.letters, hit.numbers, strict=True))
+            and (not hit.line.feature or hit.line.feature in size.features)
+            for hit, _ in known
+        )
+        return exact, inside
+
+    def _fits(self, size: Size, line: Line, shape: Shape) -> bool:
+        key = (size.name, id(line), shape)
+        if key not in self._fitting:
+            self._fitting[key] = agree(shape, line.stored_shape(size.widths))
+        return self._fitting[key]
+
+    @cached_property
+    def _fitting(self) -> dict[tuple[str, int, Shape], bool]:
+        return {}
+
+
+class Evidence(NamedTuple):
+    """How well an adapter's modules fit a family: the more, the better, in this order.
+
+    ``known`` names; of those of the main model: of the right proportions; of the very shape, and the very number of
+    blocks, of one published size; and how many these are.
+    """
+
+    known: int
+    right: int
+    exact: int
+    inside: int
+    main: int
+
+
+def _heights(line: Line, known: Sequence[Shape | None], widths: Mapping[str, int]) -> tuple[int, ...] | None:
+    if not line.swapped:
+        return line.missing(known, widths)
+    shape = next((shape for shape in known if shape), None)
+    return (shape[0] // 2,) * 2 if shape and shape[0] % 2 == 0 else None
+
+
+def slot_of(tensor: str, ranges: Ranges, rows: int) -> Slot:
+    """A slot of these rows of a tensor that has ``rows``, in the largest units."""
+    unit = math.gcd(rows, *(edge for piece in ranges for edge in piece))
+    if not unit:
+        return Slot(tensor)
+    return Slot(tensor, tuple((start // unit, stop // unit) for start, stop in ranges), rows // unit)
+
+
+def transformer(
+    name: str,
+    title: str,
+    table: Table,
+    sizes: Sequence[Size],
+    encoders: Sequence[Encoder] = (),
+    flattened: str = "native",
+) -> Transformer:
+    """A family of diffusion transformers."""
+    components = (MAIN, *(encoder.component for encoder in encoders))
+    return Transformer(
+        name,
+        title,
+        components,
+        tuple,
+        lambda _: None,
+        table=table,
+        sizes=tuple(sizes),
+        encoders=tuple(encoders),
+        flattened=flattened,
+    )
