@@ -154,6 +154,7 @@ def _linear(command: Command) -> Command:
         rank,
         _base_option,
         _to,
+        _dtype,
         loss,
         _overwrite,
         _dry_run,
@@ -485,6 +486,48 @@ def rank_command(source: str, tuned: str | None, json: bool, **options: Any) -> 
         _print_json(dataclasses.asdict(report))
     else:
         show_ranks(report)
+
+
+@app.command("export-onnx", short_help="Export a merged ONNX graph.")
+@_base
+@_adapters
+@_out
+@_strength
+@click.option("--mode", type=click.Choice(("fold", "branch", "inputs")), help="[default: fold; quantised: branch]")
+@click.option("--base-weights", metavar="MODEL", help="The graph's checkpoint: find weights by value.")
+@click.option("--verify/--no-verify", default=None, help="Run it in onnxruntime.  [default: where installed]")
+@_device
+@_allow_unmatched
+@_overwrite
+@_dry_run
+@_json
+@_reads
+@_common
+def export_onnx_command(base: str, adapters: Sequence[str], json: bool, **options: Any) -> None:
+    """Export BASE, an .onnx file or a model folder, with the adapters in it; proven by running it.
+
+    fold adds them to the weights; branch keeps them beside these; inputs makes them optional inputs, one
+    .onnx_adapter file beside OUT for each ADAPTER.
+    """
+    from loratool import api
+    from loratool.ops.export_onnx import check, describe, run_export
+    from loratool.show import show_export
+
+    run = {name: options.pop(name) for name in ("out", "verify", "device", "overwrite")}
+    dry_run, strengths = options.pop("dry_run"), options.pop("strength")
+    planned = api.plan_export_onnx(base, adapters, strengths, **options)
+    _explain(*planned.adapters)
+    if dry_run:
+        check(planned, run["out"], run["overwrite"], run["verify"])
+        _show_plan(describe(planned, run["out"]), json)
+        return
+    with _progress("exporting") as progress:
+        report = run_export(planned, progress=progress, **run)
+    if json:
+        _print_json(dataclasses.asdict(report))
+    else:
+        show_export(report)
+        _warn((*report.warnings, *(f"not applied: {name}" for name in report.unmatched)))
 
 
 # ---------------------------------------------------------------- what they print, and how they end

@@ -21,7 +21,7 @@ from loratool.formats.base import Format
 from loratool.hashes import sha256
 from loratool.model import Model
 from loratool.ops.changes import Changes, check_values
-from loratool.ops.convert import parse_dtype, with_provenance
+from loratool.ops.convert import parse_dtype, recast, with_provenance
 from loratool.ops.rank import RankReport, rank_adapter, rank_models
 from loratool.ops.spectral import Choice, ModuleResult, Result
 from loratool.plots import plot_ranks, prepare_plot
@@ -51,6 +51,17 @@ class ComputeReport:
     strengths: tuple[float, ...]
     warnings: tuple[str, ...]
     details: Mapping[str, object] = field(default_factory=dict)
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Where and how a computed adapter is written."""
+
+    path: Path
+    format: Format
+    overwrite: bool = False
+    allow_loss: bool = False
     dry_run: bool = False
 
 
@@ -86,6 +97,7 @@ def extract(
     choice, reading, chosen = Choice(rank, energy, error, max_size), reading or Reading(), formats.to_write(to)
     one, other = model_of(base, reading), model_of(tuned, reading)
     path = prepare_output(out, overwrite, {"the base": one.path, "the tuned model": other.path})
+    output = _Output(path, chosen, overwrite, allow_loss, dry_run)
     result = compute(
         one,
         other,
@@ -95,22 +107,12 @@ def extract(
         dtype=parse_dtype(dtype),
         to_device=_to(device),
         seed=seed,
+        check=lambda planned: formats.check_losses(planned, chosen, allow_loss),
         progress=progress,
     )
     inputs = {f"base/{w.name}": w.file.path for w in one.weights}
     inputs |= {f"tuned/{w.name}": w.file.path for w in other.weights}
-    details = {"needed": result.needed}
-    return _write(
-        result,
-        path,
-        chosen,
-        "extract",
-        inputs,
-        details=details,
-        overwrite=overwrite,
-        allow_loss=allow_loss,
-        dry_run=dry_run,
-    )
+    return _write(result, output, "extract", inputs, details={"needed": result.needed})
 
 
 def resize(
@@ -139,12 +141,12 @@ def resize(
     stored = parse_dtype(dtype)
     model = None if base is None else model_of(base, reading or Reading())
     source = _checked(adapter, reading, model)
-    path = prepare_output(out, overwrite, _inputs([source], model))
     chosen = formats.to_write(to, source.metadata.format)
+    path = prepare_output(out, overwrite, _inputs([source], model))
     inputs = _weights([source], model)
     hashes = _hashed(inputs) if max_size is not None else {}
     result = compute(source, choice, model, stored, lambda made: _size(with_provenance(made, "resize", hashes), chosen))
-    return _write(result, path, chosen, "resize", inputs, overwrite=overwrite, allow_loss=allow_loss, dry_run=dry_run)
+    return _write(result, _Output(path, chosen, overwrite, allow_loss, dry_run), "resize", inputs)
 
 
 def add(
@@ -154,17 +156,17 @@ def add(
     rank: int | None = None,
     base: Base | None = None,
     to: str | None = None,
+    dtype: str = "keep",
     overwrite: bool = False,
     allow_loss: bool = False,
     dry_run: bool = False,
     reading: Reading | None = None,
 ) -> ComputeReport:
-    """Write the sum of strength x update: exact by concatenation, or the best of ``rank``."""
+    """Write the sum of strength x update: exact by concatenation, or the best of ``rank``; stored as ``dtype``."""
     from loratool.ops.add import add as compute
 
-    return _linear(
-        compute, "add", flattened(adapters), out, strengths, rank, base, to, overwrite, allow_loss, dry_run, reading
-    )
+    given = _Sum(strengths, rank, base, to, parse_dtype(dtype), overwrite, allow_loss, dry_run, reading)
+    return _linear(compute, "add", flattened(adapters), out, given)
 
 
 def subtract(
@@ -174,6 +176,7 @@ def subtract(
     rank: int | None = None,
     base: Base | None = None,
     to: str | None = None,
+    dtype: str = "keep",
     overwrite: bool = False,
     allow_loss: bool = False,
     dry_run: bool = False,
@@ -182,20 +185,8 @@ def subtract(
     """Write the first adapter minus the others; the rules of `add`."""
     from loratool.ops.add import subtract as compute
 
-    return _linear(
-        compute,
-        "subtract",
-        flattened(adapters),
-        out,
-        strengths,
-        rank,
-        base,
-        to,
-        overwrite,
-        allow_loss,
-        dry_run,
-        reading,
-    )
+    given = _Sum(strengths, rank, base, to, parse_dtype(dtype), overwrite, allow_loss, dry_run, reading)
+    return _linear(compute, "subtract", flattened(adapters), out, given)
 
 
 def combine(
@@ -208,6 +199,7 @@ def combine(
     rank: int | None = None,
     base: Base | None = None,
     to: str | None = None,
+    dtype: str = "keep",
     overwrite: bool = False,
     allow_loss: bool = False,
     dry_run: bool = False,
@@ -221,23 +213,14 @@ def combine(
     from loratool.ops.combine import Recipe
     from loratool.ops.combine import combine as compute
 
-    recipe = Recipe(method, density, seed, rank)
-    sources = [_checked(adapter, reading) for adapter in flattened(adapters)]
-    path = prepare_output(out, overwrite, _inputs(sources))
+    recipe, stored = Recipe(method, density, seed, rank), parse_dtype(dtype)
     model = None if base is None else model_of(base, reading or Reading())
-    result = compute(sources, recipe, strengths, model)
-    return _write(
-        result,
-        path,
-        formats.to_write(to, sources[0].metadata.format),
-        "combine",
-        _weights(sources),
-        tuple(strengths) if strengths else (1.0,) * len(sources),
-        details=recipe.details(),
-        overwrite=overwrite,
-        allow_loss=allow_loss,
-        dry_run=dry_run,
-    )
+    sources = [_checked(adapter, reading, model) for adapter in flattened(adapters)]
+    path = prepare_output(out, overwrite, _inputs(sources, model))
+    output = _Output(path, formats.to_write(to, sources[0].metadata.format), overwrite, allow_loss, dry_run)
+    result = recast(compute(sources, recipe, strengths, model), stored)
+    given = tuple(strengths) if strengths else (1.0,) * len(sources)
+    return _write(result, output, "combine", _weights(sources, model), given, recipe.details())
 
 
 def rank(
@@ -275,30 +258,33 @@ def rank(
     return report
 
 
+@dataclass(frozen=True)
+class _Sum:
+    """What was asked of a linear sum, besides the adapters and the output's path."""
+
+    strengths: Sequence[float] | None
+    rank: int | None
+    base: Base | None
+    to: str | None
+    dtype: str | None
+    overwrite: bool
+    allow_loss: bool
+    dry_run: bool
+    reading: Reading | None
+
+
 def _linear(
-    compute: Callable[..., Result],
-    operation: str,
-    adapters: Sequence[Source],
-    out: AnyPath,
-    strengths: Sequence[float] | None,
-    rank: int | None,
-    base: Base | None,
-    to: str | None,
-    overwrite: bool,
-    allow_loss: bool,
-    dry_run: bool,
-    reading: Reading | None,
+    compute: Callable[..., Result], operation: str, adapters: Sequence[Source], out: AnyPath, given: _Sum
 ) -> ComputeReport:
-    model = None if base is None else model_of(base, reading or Reading())
-    sources = [_checked(adapter, reading, model) for adapter in adapters]
-    path = prepare_output(out, overwrite, _inputs(sources, model))
-    chosen = formats.to_write(to, sources[0].metadata.format)
-    result = compute(sources, strengths, rank, model)
-    given = tuple(strengths) if strengths else (1.0,) * len(sources)
-    inputs = _weights(sources, model)
-    return _write(
-        result, path, chosen, operation, inputs, given, overwrite=overwrite, allow_loss=allow_loss, dry_run=dry_run
-    )
+    """Compute and write a linear sum."""
+    model = None if given.base is None else model_of(given.base, given.reading or Reading())
+    sources = [_checked(adapter, given.reading, model) for adapter in adapters]
+    path = prepare_output(out, given.overwrite, _inputs(sources, model))
+    chosen = formats.to_write(given.to, sources[0].metadata.format)
+    output = _Output(path, chosen, given.overwrite, given.allow_loss, given.dry_run)
+    result = recast(compute(sources, given.strengths, given.rank, model), given.dtype)
+    strengths = tuple(given.strengths) if given.strengths else (1.0,) * len(sources)
+    return _write(result, output, operation, _weights(sources, model), strengths)
 
 
 def _checked(source: Source, reading: Reading | None, model: Model | None = None) -> Adapter:
@@ -350,35 +336,30 @@ def _to(device: str) -> Callable[[np.ndarray], Any] | None:
 
 def _write(
     result: Result,
-    path: Path,
-    chosen: Format,
+    output: _Output,
     operation: str,
     inputs: Mapping[str, Path],
     strengths: Sequence[float] = (),
-    *,
     details: Mapping[str, object] | None = None,
-    overwrite: bool,
-    allow_loss: bool,
-    dry_run: bool,
 ) -> ComputeReport:
     """Write a computed adapter, complete or not at all, and report it; ``details`` are of the operation.
 
     A dry run does everything but leave an output, so that it refuses what the run would.
     """
     more = {**({"strengths": list(strengths)} if strengths else {}), **(details or {})}
-    hashes = _hashed(inputs)
+    hashes, chosen = _hashed(inputs), output.format
     adapter = with_provenance(result.adapter, operation, hashes, **more)
-    losses = formats.check_losses(adapter, chosen, allow_loss)
-    if dry_run:
+    losses = formats.check_losses(adapter, chosen, output.allow_loss)
+    if output.dry_run:
         size = _size(adapter, chosen)
     else:
-        with staged(path, overwrite) as temporary:
+        with staged(output.path, output.overwrite) as temporary:
             chosen.write(adapter, temporary)
-        size = _weights_file(path).stat().st_size
+        size = _weights_file(output.path).stat().st_size
     ranks = Counter(update.rank for update in adapter.modules().values() if update.rank is not None)
     tensors = [t for u in adapter.updates.values() for t in u.slots.values()]
     return ComputeReport(
-        output=os.fspath(path),
+        output=os.fspath(output.path),
         format=chosen.name,
         ranks={str(rank): ranks[rank] for rank in sorted(ranks)},
         parameters=sum(t.size for t in (*tensors, *adapter.carried.values())),
@@ -393,5 +374,5 @@ def _write(
         strengths=tuple(strengths),
         warnings=result.warnings,
         details=dict(details or {}),
-        dry_run=dry_run,
+        dry_run=output.dry_run,
     )

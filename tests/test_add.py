@@ -98,6 +98,22 @@ def test_factors_are_kept_where_the_dtype_can_say_the_sum(tmp_path: Path) -> Non
     assert isinstance(found, LowRank) and (found.up.dtype, found.down.dtype) == ("F32", "BF16")
 
 
+@pytest.mark.parametrize("what", ["add", "subtract", "combine"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_another_dtype_and_the_error_it_makes(what: str, rank: int | None, tmp_path: Path) -> None:
+    terms = [low(9, 8, 3), low(9, 8, 2, seed=4)]
+    more = {"method": "svd", "rank": rank or 5} if what == "combine" else {"rank": rank}
+    report, written = added(
+        tmp_path / "x.safetensors", *(adapter({"a": t}) for t in terms), what=what, dtype="bf16", **more
+    )
+    assert {t.dtype for t in written.updates["a"].slots.values()} == {"BF16"}
+    wanted = expected([(1.0, terms[0]), (-1.0 if what == "subtract" else 1.0, terms[1])])
+    lost = np.linalg.norm(dense(written.updates["a"]) - wanted) / np.linalg.norm(wanted)
+    assert lost > 1e-3
+    assert report.relative_error == pytest.approx(lost, rel=0.02)
+    assert report.modules[0].relative_error == report.relative_error
+
+
 def test_fp16_that_would_overflow_is_widened(tmp_path: Path) -> None:
     one = LowRank(normal(2, 8, dtype="F16"), Tensor.of(normal(9, 2).array() * 1e4, "F16"), alpha=2.0)
     _, made = added(tmp_path / "out", adapter({"m": one}), adapter({"m": low(9, 8).scaled(1e-3)}), strengths=(1, 64.0))

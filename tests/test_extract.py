@@ -15,7 +15,7 @@ import loratool
 from loratool import compute
 from loratool.cli import main
 from loratool.devices import one_blas_thread
-from loratool.errors import FormatError, MatchError, NumericError, UsageError
+from loratool.errors import FormatError, LossError, MatchError, NumericError, UsageError
 from loratool.linalg import adaptive_svd, truncated_svd
 from loratool.model import read_model
 from loratool.ops import extract as ops
@@ -272,6 +272,20 @@ def test_misfits_are_found_before_the_first_svd(
     with pytest.raises(MatchError, match=said):
         compute.extract(base("llama"), tuned, tmp_path / "lora", rank=2)
     assert not (tmp_path / "lora").exists()
+
+
+def test_what_the_format_cannot_say_is_told_before_the_first_svd(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_made", lambda *_: pytest.fail("computed"))
+    tuned = retuned(base("llama"), tmp_path / "tuned", low_rank(2))
+    with pytest.raises(LossError, match="kohya"):
+        compute.extract(base("llama"), tuned, tmp_path / "lora", rank=2, to="kohya")
+
+
+def test_a_module_without_a_difference_is_no_loss(base: Callable[..., Path], tmp_path: Path) -> None:
+    compute.extract(base("llama"), base("llama"), tmp_path / "lora.safetensors", rank=2, to="kohya")
+    assert not loratool.read(tmp_path / "lora.safetensors", format="kohya").updates
 
 
 def test_positions_are_no_vocabulary(base: Callable[..., Path], tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from loratool.hashes import sha256
 from loratool.model import Model
 from loratool.names import match, module_of
 from loratool.ops.changes import extreme
+from loratool.ops.compare import norm
+from loratool.ops.spectral import Result, summarise
 from loratool.tensors import CONTENT_HASH, FLOATS, Tensor
-from loratool.update import Update
+from loratool.update import Additive, Sum, Update
 
 DTYPES: Mapping[str, str | None] = {"keep": None, "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -70,6 +72,26 @@ def cast(adapter: Adapter, dtype: str | None) -> Adapter:
     updates = {name: _each(update, lambda t, n=name: stored(n, t)) for name, update in adapter.updates.items()}
     carried = {name: stored(name, tensor) for name, tensor in adapter.carried.items()}
     return replace(adapter, updates=updates, carried=carried)
+
+
+def recast(result: Result, dtype: str | None) -> Result:
+    """A computed adapter stored as ``dtype``, with what rounding adds to its error (at right angles to what was cut).
+
+    Raises what `cast` raises.
+    """
+    if dtype is None:
+        return result
+    adapter = cast(result.adapter, dtype)
+    squares: dict[str, tuple[float, float]] = {}
+    for module in result.modules:
+        before, after = result.adapter.updates.get(module.module), adapter.updates.get(module.module)
+        if not isinstance(before, Additive) or not isinstance(after, Additive):
+            squares[module.module] = (0.0, 0.0)
+            continue
+        whole = norm(before) ** 2 / max(1 - module.relative_error**2, 1e-30)
+        lost = module.relative_error**2 * whole + norm(Sum((before, after.scaled(-1.0)))) ** 2
+        squares[module.module] = (lost, whole)
+    return summarise(adapter, squares, result.warnings)
 
 
 def _each(update: Update, change) -> Update:  # type: ignore[no-untyped-def]

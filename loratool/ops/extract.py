@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -15,7 +15,7 @@ from loratool.adapter import Adapter, Metadata
 from loratool.architectures import Slot
 from loratool.architectures.llm import EMBEDDING_LEAVES, Tie
 from loratool.devices import one_blas_thread
-from loratool.errors import FormatError, MatchError, NumericError, UsageError, some
+from loratool.errors import FormatError, LossError, MatchError, NumericError, UsageError, some
 from loratool.linalg import EXACT_SIDE, Truncation, adaptive_svd, exact_svd, rank_for_error, to_numpy, truncated_svd
 from loratool.model import Location, Model, pick
 from loratool.names import Names, Unmatched, has_number, module_of, stores_transposed
@@ -374,6 +374,7 @@ def extract(
     dtype: str | None = None,
     to_device: ToDevice | None = None,
     seed: int = 0,
+    check: Callable[[Adapter], object] | None = None,
     progress: Progress | None = None,
 ) -> Extraction:
     """A LoRA of TUNED - BASE; merged into BASE it gives TUNED up to the stated error.
@@ -381,10 +382,13 @@ def extract(
     Each difference is taken in float32 from the stored values and truncated within 1.0005 of the best error
     (`truncated_svd`); norms, biases, resized embeddings and what only TUNED has are carried whole. Factors are stored
     in ``dtype``, the base's own where None. Both ends of tied weights get the same factors, which keeps the tie.
-    Raises what `survey` raises, and NumericError for NaN or infinities.
+    ``check`` sees the adapter as it will be, of rank 1 and all zero, before the first SVD. Raises what `survey` and
+    ``check`` raise, and NumericError for NaN or infinities.
     """
     found = survey(base, tuned, include, exclude)
     task = Task(choice, dtype, to_device, seed)
+    if check is not None:
+        _check_first(check, found, base, task)
     ranks: Mapping[str, int] = {}
     if choice.max_size is not None:
         files = {f"{w.name}{n}": "x" * 90 for n, m in enumerate((base, tuned)) for w in m.weights}
@@ -392,6 +396,27 @@ def extract(
     make = lambda pair: _made(pair, task, ranks.get(pair.name))  # noqa: E731
     made = {p.name: m for p, m in each_pair(make, found.pairs, task.threads, progress) if m is not None}
     return _result(found, made, base, choice)
+
+
+def _check_first(check: Callable[[Adapter], object], found: Survey, base: Model, task: Task) -> None:
+    """Let ``check`` see what will come out; pairs are only read where it objects: one may hold no difference."""
+    try:
+        check(_planned(found, found.pairs, base, task))
+    except LossError:
+        changed = [pair for pair in found.pairs if pair.difference() is not None]
+        check(_planned(found, changed, base, task))
+
+
+def _planned(found: Survey, pairs: Iterable[Pair], base: Model, task: Task) -> Adapter:
+    """The adapter that will come out, of rank 1 and all zero."""
+    updates: dict[str, Update] = {}
+    for pair in pairs:
+        piece = Piece(_NOTHING, pair.shape, task.dtype or pair.base.tensor.dtype, pair.layer)
+        updates[found.prefix + module_of(pair.name)] = piece.hollow(1)
+    return Adapter(updates, {found.prefix + n: t for n, t in found.carried.items()}, _metadata(found, base))
+
+
+_NOTHING = Truncation(np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0)), 0.0)
 
 
 def each_pair(
