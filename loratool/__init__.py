@@ -24,11 +24,13 @@ _HOMES = {
     "compare": "loratool.api",
     "convert": "loratool.api",
     "detect": "loratool.api",
+    "export_onnx": "loratool.api",
     "extract": "loratool.compute",
     "inspect": "loratool.api",
     "list_formats": "loratool.api",
     "merge": "loratool.api",
     "plan_convert": "loratool.api",
+    "plan_export_onnx": "loratool.api",
     "plan_merge": "loratool.api",
     "rank": "loratool.compute",
     "read": "loratool.api",
@@ -46,10 +48,12 @@ if TYPE_CHECKING:
     from loratool.api import compare as compare
     from loratool.api import convert as convert
     from loratool.api import detect as detect
+    from loratool.api import export_onnx as export_onnx
     from loratool.api import inspect as inspect
     from loratool.api import list_formats as list_formats
     from loratool.api import merge as merge
     from loratool.api import plan_convert as plan_convert
+    from loratool.api import plan_export_onnx as plan_export_onnx
     from loratool.api import plan_merge as plan_merge
     from loratool.api import read as read
     from loratool.api import unmerge as unmerge

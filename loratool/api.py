@@ -22,6 +22,7 @@ from loratool.model import Model, read_model
 
 if TYPE_CHECKING:
     from loratool.ops.compare import Comparison
+    from loratool.ops.export_onnx import Export, ExportReport
     from loratool.ops.inspect import Inspection
     from loratool.ops.merge import Merge, MergeReport, Progress
     from loratool.ops.unmerge import UnmergeReport
@@ -278,16 +279,8 @@ def plan_merge(
     from loratool.ops.convert import parse_dtype
     from loratool.ops.merge import prepare_merge
 
-    if not adapters:
-        raise UsageError("no adapter given")
+    _check_strengths(adapters, strengths)
     stored = parse_dtype(dtype)
-    if strengths and len(strengths) != len(adapters):
-        raise UsageError(
-            f"{len(strengths)} strengths for {len(adapters)} adapters",
-            hint="give -s once for each adapter, or never",
-        )
-    if not all(map(math.isfinite, strengths or ())):
-        raise UsageError("a strength is not a finite number", hint="give numbers such as 0.8 or -1")
     reading = reading or Reading()
     model = model_of(base, reading)
     loaded = [a if isinstance(a, Adapter) else read(a, base=model, reading=reading) for a in adapters]
@@ -375,6 +368,63 @@ def verify(
     return verify(planned, other, device=device, tolerance=tolerance, progress=progress)
 
 
+def plan_export_onnx(
+    base: AnyPath,
+    adapters: Sequence[Source],
+    strengths: Sequence[float] | None = None,
+    *,
+    mode: str | None = None,
+    base_weights: Base | None = None,
+    allow_unmatched: bool = False,
+    reading: Reading | None = None,
+) -> Export:
+    """Work out an export to ONNX without writing anything. Raises all that `export_onnx` would refuse."""
+    from loratool.onnx.graph import read_graph
+    from loratool.ops.export_onnx import prepare_export
+
+    _check_strengths(adapters, strengths)
+    reading = reading or Reading()
+    graph = read_graph(Path(base), reading.allow_links)
+    model = None if base_weights is None else model_of(base_weights, reading)
+    loaded = [a if isinstance(a, Adapter) else read(a, base=model, reading=reading) for a in adapters]
+    return prepare_export(graph, loaded, strengths, mode, model, allow_unmatched)
+
+
+def export_onnx(
+    base: AnyPath,
+    *adapters: Source | Sequence[Source],
+    out: AnyPath,
+    strengths: Sequence[float] | None = None,
+    mode: str | None = None,
+    base_weights: Base | None = None,
+    verify: bool | None = None,
+    device: str = "auto",
+    allow_unmatched: bool = False,
+    overwrite: bool = False,
+    reading: Reading | None = None,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write the ONNX graph ``base`` with the adapters in it to ``out``, streamed, and prove it in onnxruntime.
+
+    ``mode``: fold (into the weights), branch (constant side branches; the default where weights are quantised) or
+    inputs (adapters as optional inputs). ``base_weights``, the checkpoint of the graph, finds weights by value where
+    names are gone. ``verify`` None: where onnxruntime is there. Raises MatchError, FormatError (hostile or quantised),
+    NumericError, VerifyError, UsageError, LoratoolError (a missing package, output exists, I/O).
+    """
+    from loratool.ops.export_onnx import run_export
+
+    planned = plan_export_onnx(
+        base,
+        flattened(adapters),
+        strengths,
+        mode=mode,
+        base_weights=base_weights,
+        allow_unmatched=allow_unmatched,
+        reading=reading,
+    )
+    return run_export(planned, os.fspath(out), verify=verify, overwrite=overwrite, device=device, progress=progress)
+
+
 def compare(first: Source, second: Source, *, base: Base | None = None, reading: Reading | None = None) -> Comparison:
     """The relative difference of two adapters' updates, module by module, blind to how they are factored."""
     from loratool.ops.changes import Changes, check_values
@@ -385,6 +435,19 @@ def compare(first: Source, second: Source, *, base: Base | None = None, reading:
     for adapter in (one, other):
         check_values(adapter, Changes())
     return compare(one, other, model)
+
+
+def _check_strengths(adapters: Sequence[Source], strengths: Sequence[float] | None) -> None:
+    """Raise UsageError for no adapter at all, and for strengths that are not one finite number each."""
+    if not adapters:
+        raise UsageError("no adapter given")
+    if strengths and len(strengths) != len(adapters):
+        raise UsageError(
+            f"{len(strengths)} strengths for {len(adapters)} adapters",
+            hint="give -s once for each adapter, or never",
+        )
+    if not all(map(math.isfinite, strengths or ())):
+        raise UsageError("a strength is not a finite number", hint="give numbers such as 0.8 or -1")
 
 
 def adapter_of(source: Source, reading: Reading | None) -> Adapter:
@@ -416,10 +479,12 @@ __all__ = [
     "compare",
     "convert",
     "detect",
+    "export_onnx",
     "inspect",
     "list_formats",
     "merge",
     "plan_convert",
+    "plan_export_onnx",
     "plan_merge",
     "plan_unmerge",
     "read",

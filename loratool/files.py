@@ -183,6 +183,32 @@ def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
         remove(temporary)
 
 
+@contextmanager
+def staged_beside(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder for an output of several files: at the end each takes its place beside ``out``, that last.
+
+    As `staged`: all of them complete and flushed, or none. An old ``out`` goes before its other files are replaced,
+    so that it never stands beside files that are not its own.
+    """
+    _sweep(out)
+    temporary = out.with_name(f".{out.name}.loratool-{_host()}-{os.getpid()}-{threading.get_ident():x}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _flush(temporary)
+        places = {path: out.with_name(path.name) for path in sorted(temporary.iterdir()) if path.name != out.name}
+        for place in (out, *places.values()):
+            if (place.exists() or place.is_symlink()) and not overwrite:
+                raise LoratoolError("output exists", place, "it appeared while this ran; give another path")
+        if places:
+            remove(out)
+        for path, place in places.items():
+            _replace(path, place)
+        _replace(temporary / out.name, out)
+    finally:
+        remove(temporary)
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

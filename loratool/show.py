@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from loratool.api import ConvertReport, FormatRow
     from loratool.compute import ComputeReport
     from loratool.ops.compare import Comparison
+    from loratool.ops.export_onnx import ExportReport
     from loratool.ops.inspect import Inspection, Target
     from loratool.ops.merge import MergeReport
     from loratool.ops.rank import RankReport
@@ -166,6 +168,30 @@ def show_merge(report: MergeReport) -> None:
             ("rounding", f"{report.lost_to_rounding:.2%} of the changes too small for the stored dtype"),
             ("content", report.content_hash[:16]),
             *((("undo", printable(report.undo)),) if report.undo else ()),
+        )
+    )
+
+
+def show_export(report: ExportReport) -> None:
+    """What an export wrote, and whether it was proven."""
+    print(f"exported {bold(printable(report.output))} ({report.mode})")
+    ways = Counter(entry["resolver"] for entry in report.resolved.values())
+    proof = "not run"
+    if report.max_effect is not None:
+        ran = ", ".join(report.providers)
+        proof = f"{'proven' if report.verified else 'no visible effect'} in onnxruntime ({ran}): "
+        proof += f"changes outputs by up to {report.max_effect:.3g}, {report.max_abs_diff:.2g} from side branches"
+    facts(
+        (
+            ("modules", f"{report.modules:,} applied; found by {counts(ways)}"),
+            ("adapters", ", ".join(map(printable, report.adapters))),
+            ("data", printable(report.external_data or "")),
+            (
+                "written",
+                f"{size(report.bytes_written)} in {report.seconds:.2f} s, {size(report.peak_bytes)} of memory",
+            ),
+            ("rounding", f"{report.lost_to_rounding:.2%} of the changes too small for the stored dtype"),
+            ("verified", proof),
         )
     )
 

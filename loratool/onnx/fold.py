@@ -7,9 +7,7 @@ writes it. Values lie where the base has them: in the message, or in one externa
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 from loratool import __version__
 from loratool.devices import choose
 from loratool.errors import LoratoolError
-from loratool.files import check_space, prepare_output, staged
+from loratool.files import check_space, prepare_output
 from loratool.onnx.graph import EXTERNAL, Graph, Node, Use, Value, Weight, tensor_message, tensors_of
 from loratool.onnx.resolve import Site
 from loratool.onnx.turned import restored, stored
@@ -245,8 +243,8 @@ def external_name(out: Path) -> str:
 
 
 def lay_out(edit: Edit, data_name: str) -> Layout:
-    """Decide where each tensor of the output goes, and note it in the messages of ``edit.model``."""
-    graph, model = edit.graph, edit.model
+    """Decide where each tensor of the output goes, and note it in a copy of the message."""
+    graph, model = edit.graph, _copy(edit.model)
     steps: list[Step] = []
     wanted: list[tuple[Any, Step, bool]] = []  # message, values, whether these go into the data file
     regions = {_place(weight.proto): weight for weight in graph.weights.values() if weight.external}
@@ -309,41 +307,37 @@ def _refer(proto: Any, location: str, offset: int, nbytes: int) -> None:
 
 def write_graph(
     edit: Edit,
-    out: Path,
+    path: Path,
     *,
     inputs: Mapping[str, Path],
     metadata: Mapping[str, str],
-    overwrite: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Written:
-    """Write a changed graph to ``out``, its external data, where it has some, beside it: both or none.
+    """Write a changed graph to ``path``, its external data, where it has some, beside it; neither may exist.
 
-    ``inputs`` are hashed into the metadata, beside ``metadata``. Raises LoratoolError (output exists, I/O, out of
-    disk), NumericError (NaN, overflow).
+    ``inputs`` are hashed into the metadata, beside ``metadata``. For output that appears whole or not at all see
+    `files.staged_beside`. Raises LoratoolError (I/O, out of disk), NumericError (NaN, overflow).
     """
-    layout = lay_out(edit, external_name(out))
-    check_output(edit.graph, out, layout, overwrite, inputs)
-    plan = Plan((OutputFile(out.name, layout.steps, {}),), inputs=inputs)
+    data = path.with_name(external_name(path))
+    layout = lay_out(edit, data.name)
+    plan = Plan((OutputFile(path.name, layout.steps, {}),), inputs=inputs)
     chosen = choose("cpu-numpy" if device in ("auto", "cpu") else device, {})
     blank = Outcome(dict.fromkeys(inputs, "0" * 64), "0" * 64, Tally())
     pieces = _message(layout, metadata, blank)
-    with _staged_pair(out, overwrite, bool(layout.external)) as (message, data):
-        writer = _Places(layout, pieces, message, data)
-        try:
-            run = Run(plan, writer, chosen, thread_count())
-            done = 0
-            for count in run:
-                done += count
-                if progress is not None:
-                    progress(done, run.total)
-            outcome = run.outcome
-            writer.write_message(_message(layout, metadata, outcome))
-            writer.flush()
-        finally:
-            writer.close()
-    data_path = out.with_name(external_name(out)) if layout.external else None
-    return Written(out, data_path, length(pieces) + layout.data_bytes, outcome)
+    writer = _Places(layout, pieces, path, data)
+    try:
+        run = Run(plan, writer, chosen, thread_count())
+        done = 0
+        for count in run:
+            done += count
+            if progress is not None:
+                progress(done, run.total)
+        outcome = run.outcome
+        writer.write_message(_message(layout, metadata, outcome))
+    finally:
+        writer.close()
+    return Written(path, data if layout.external else None, length(pieces) + layout.data_bytes, outcome)
 
 
 def check_output(
@@ -401,30 +395,8 @@ class _Places(Writer):
             row = step.nbytes // max(step.base.rows, 1)
             self.write(place[0], place[1] + start * row, memoryview(np.ascontiguousarray(data).view(np.uint8)))
 
-    def flush(self) -> None:
-        """Wait until everything is on the disk: then only renaming is left."""
-        for name, fd in self._fds.items():
-            try:
-                os.fsync(fd)
-            except OSError as error:
-                raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", name) from None
-
     def write_message(self, pieces: Sequence[bytes | Hole]) -> None:
         """Write what lies around the holes."""
         found = [piece for piece in pieces if isinstance(piece, bytes)]
         for position, piece in zip(self._pieces, found, strict=True):
             self.write("message", position, piece)
-
-
-@contextmanager
-def _staged_pair(out: Path, overwrite: bool, external: bool) -> Iterator[tuple[Path, Path]]:
-    """Temporary names of a graph and its external data; renamed at the end, the data first.
-
-    Where an old graph is replaced it goes before its data do: at no moment does one stand with the other's data.
-    """
-    beside = out.with_name(external_name(out))
-    with staged(out, overwrite) as message, ExitStack() as stack:
-        data = stack.enter_context(staged(beside, overwrite)) if external else beside
-        yield message, data
-        if overwrite and external and out.is_file():
-            os.unlink(out)
