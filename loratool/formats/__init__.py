@@ -9,10 +9,12 @@ import re
 
 from loratool.adapter import Adapter, Loss
 from loratool.errors import FormatError, LossError, UsageError, some
-from loratool.formats import attn_procs, cloneofsimo, diffusers, diffusers_old, kohya, peft, raw
+from loratool.formats import attn_procs, cloneofsimo, diffusers, diffusers_old, gguf, kohya, mlx, peft, raw
 from loratool.formats.base import Evidence, Format
 
 FORMATS: tuple[Format, ...] = (
+    gguf.FORMAT,
+    mlx.FORMAT,
     cloneofsimo.FORMAT,
     attn_procs.FORMAT,
     diffusers_old.FORMAT,
@@ -36,7 +38,6 @@ RECOGNISED: tuple[tuple[str, str], ...] = (
     ("(IA)3", r"\.(ia3_l|on_input)$"),
     ("PEFT OFT", r"\.oft_R\b"),
     ("BOFT", r"\.boft_[Rs]$"),
-    ("mlx", r"\.lora_[ab]$"),
     ("torchtune", r"\.lora_[ab]\.weight$"),
     ("a sparse residual (bias_indices)", r"\.bias_(indices|values|size)$"),
     ("a ComfyUI patch", r"\.(set_weight|reshape_weight)$"),
