@@ -24,7 +24,7 @@ _MAGIC = (
         "a git-LFS pointer, not the file itself",
         "fetch the real file: git lfs pull",
     ),
-    (b"GGUF", "a GGUF file, which is not read yet", "give a safetensors file"),
+    (b"GGUF", "a GGUF file, read as an adapter only", "give the model in safetensors"),
     (b"PK\x03\x04", "a zip archive (a PyTorch pickle, or npz)", "convert it to safetensors first"),
     (b"\x80\x02", "a Python pickle", "convert it to safetensors first"),
     (b"<!DOCTYPE", "a web page", "download the file itself"),
