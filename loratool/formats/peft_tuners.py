@@ -21,10 +21,18 @@ from loratool.adapter import Adapter, is_bias
 from loratool.errors import FormatError
 from loratool.formats.base import CONFIG, Evidence
 from loratool.keys import Layout
+from loratool.kinds.composed import Circulant, Fourier, Sparse, Supertuning, Wavelet
 from loratool.kinds.factored import (
     AdaLora,
+    Bone,
+    ChosenMixtures,
     Delora,
+    Gralora,
+    Miss,
+    Mixtures,
     Pvera,
+    RandLora,
+    Unilora,
     Vera,
 )
 from loratool.tensors import Tensor
@@ -80,7 +88,7 @@ class Row:
     ``slots`` are (field, suffix) pairs of a module's tensors, ``shared`` (field, name) pairs of those that lie under
     ``base_model.``; ``optional`` fields may be missing. ``kinds`` are the classes of its updates. ``settings`` gives
     the fields of an update that stand in the configuration, ``told`` the configuration of some updates (ValueError
-    where none says them all). ``gain`` is the field that absorbs what the delta was multiplied by. ``build`` makes the
+    where none says them all). ``gain`` are the fields that absorb what the delta was multiplied by. ``build`` makes the
     updates of a module by what is put behind its name, ``take`` gives their tensors again.
     """
 
@@ -90,7 +98,8 @@ class Row:
     shared: tuple[tuple[str, str], ...] = ()
     copied: tuple[tuple[str, str], ...] = ()  # (field, suffix): the shared tensors once more in each module
     optional: frozenset[str] = frozenset()
-    gain: str | None = None
+    bare: str = ""  # why a file has no module's tensors, where PEFT can save it so
+    gain: tuple[str, ...] = ()
     settings: Callable[[Words, Slots, str], dict[str, Any]] = lambda words, slots, module: {}
     told: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda updates: {}
     check: Callable[[Words], None] = lambda words: None
@@ -113,8 +122,8 @@ def _from_fields(row: Row, words: Words, slots: Slots, module: str) -> Update:
         fields: Mapping[str, Any] = getattr(kind, "__dataclass_fields__")  # noqa: B009
         needed = {name for name, _ in (*row.slots, *row.shared) if name in fields and name not in row.optional}
         if needed <= slots.keys() <= fields.keys():
-            layer = {"layer": "transposed"} if words.flag("fan_in_fan_out") else {}
-            return kind(**slots, **row.settings(words, slots, module), **layer)
+            told = {k: v for k, v in row.settings(words, slots, module).items() if k in fields}
+            return kind(**slots, **told, **({"layer": "transposed"} if words.flag("fan_in_fan_out") else {}))
     raise FormatError(f"{', '.join(sorted(slots))} are not the tensors of a {row.name} module", hint="is it complete?")
 
 
@@ -122,7 +131,7 @@ def _fields(row: Row, update: Update) -> Slots:
     """The stored tensors of an update by slot, what the delta was multiplied by in one of them."""
     given = ((name, getattr(update, name, None)) for name, _ in row.slots)
     return {
-        name: _gained(update, tensor) if name == row.gain else tensor for name, tensor in given if tensor is not None
+        name: _gained(update, tensor) if name in row.gain else tensor for name, tensor in given if tensor is not None
     }
 
 
@@ -158,7 +167,7 @@ def read(
             raise FormatError(error.what, error.where or f"{evidence.weights}: {module}", error.hint) from None
         updates |= {module + part: update for part, update in found.items()}
     if not updates:
-        raise FormatError(f"a {row.name} adapter without a module", evidence.weights)
+        raise FormatError(f"a {row.name} adapter without a module's tensors", evidence.weights, row.bare)
     stems = {suffix.split("_")[0] + "_" for _, suffix in row.slots}
     if strays := [key for key in rest if any(stem in key for stem in stems)]:
         raise FormatError("a tensor whose meaning is unknown", f"{evidence.weights}: {strays[0]}")
@@ -210,7 +219,7 @@ def _config_type(adapter: Adapter) -> str:
 def _agree(adapter: Adapter, row: Row) -> bool:
     """Whether what must be one for all modules is: shared tensors, settings, and a gain that a tensor can absorb."""
     updates = list(adapter.updates.values())
-    if row.gain is None and any(getattr(u, "gain", 1.0) != 1.0 for u in updates):
+    if not row.gain and any(getattr(u, "gain", 1.0) != 1.0 for u in updates):
         return False
     if not _still_says(adapter.metadata.config, adapter, row):
         try:
@@ -283,22 +292,19 @@ def _still_says(config: Mapping[str, Any], adapter: Adapter, row: Row) -> bool:
 # ---------------------------------------------------------------- what the rows say
 
 
-def only(updates: Mapping[str, Any], *names: str) -> Any:
-    """The value that an attribute path has in all updates. Raises ValueError where they differ."""
-    values = set()
-    for update in updates.values():
-        for name in names:
-            update = getattr(update, name)
-        values.add(update)
+def only(updates: Mapping[str, Any], of: Callable[[Any], Any]) -> Any:
+    """The value that all updates have. Raises ValueError where they differ."""
+    values = {of(update) for update in updates.values()}
     if len(values) != 1:
-        raise ValueError(".".join(names))
+        raise ValueError("updates that one configuration cannot describe")
     return values.pop()
 
 
-def patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and by full name the modules that differ."""
+def patterned(updates: Mapping[str, Any], of: Callable[[Any], Any], name: str, pattern: str) -> dict[str, Any]:
+    """The commonest value as ``name``, and by full name the modules that differ as ``pattern``."""
+    values = {module: of(update) for module, update in updates.items()}
     common = Counter(values.values()).most_common(1)[0][0]
-    return common, {name: value for name, value in values.items() if value != common}
+    return {name: common, pattern: {module: value for module, value in values.items() if value != common}}
 
 
 def _adalora(words: Words, slots: Slots, module: str) -> dict[str, Any]:
@@ -311,10 +317,10 @@ def _adalora(words: Words, slots: Slots, module: str) -> dict[str, Any]:
 
 
 def _adalora_told(updates: Mapping[str, Any]) -> dict[str, Any]:
-    init = only(updates, "init_r")
+    init = only(updates, lambda u: u.init_r)
     masks = {f"{name}.lora_E": [n < u.rank for n in range(init)] for name, u in updates.items() if u.rank != init}
     full = {f"{name}.lora_E": [True] * init for name, u in updates.items() if u.rank == init}
-    told = {"init_r": init, "target_r": init, "lora_alpha": only(updates, "alpha"), "total_step": 1}
+    told = {"init_r": init, "target_r": init, "lora_alpha": only(updates, lambda u: u.alpha), "total_step": 1}
     return {**told, "rank_pattern": {**masks, **full} if masks else None, **_transposed(updates)}
 
 
@@ -324,7 +330,7 @@ def _transposed(updates: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rank(updates: Mapping[str, Any]) -> dict[str, Any]:
-    return {"r": only(updates, "rank"), **_transposed(updates)}
+    return {"r": only(updates, lambda u: u.rank), **_transposed(updates)}
 
 
 def _refuse(name: str, why: str) -> Callable[[Words], None]:
@@ -341,12 +347,70 @@ def _miss(words: Words, slots: Slots, module: str) -> dict[str, Any]:
     return {"small": words.table.get("init_weights") == "mini"}
 
 
+def _miss_told(updates: Mapping[str, Any]) -> dict[str, Any]:
+    small = only(updates, lambda u: u.small)
+    mini = {"init_weights": "mini", "mini_r": only(updates, lambda u: u.block.shape[1])} if small else {}
+    return {"r": only(updates, lambda u: u.rank), "init_weights": True, **mini}
+
+
+def _vblora_told(updates: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = only(updates, lambda u: isinstance(u, ChosenMixtures))
+    return {
+        **_rank(updates),
+        "topk": only(updates, lambda u: u.index_up.shape[2] if chosen else u.topk),
+        "num_vectors": only(updates, lambda u: u.bank.shape[0]),
+        "vector_length": only(updates, lambda u: u.bank.shape[1]),
+        "save_only_topk_weights": chosen,
+    }
+
+
+def _seeded(scale: float) -> Callable[[Words, Slots, str], dict[str, Any]]:
+    return lambda words, slots, module: {
+        "scale": float(words.number("scaling", scale)),
+        "seed": words.count("random_loc_seed", 777),
+    }
+
+
+def _seeded_told(updates: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "scaling": only(updates, lambda u: u.scale),
+        "random_loc_seed": only(updates, lambda u: u.seed),
+        **patterned(updates, lambda u: u.values.size, "n_frequency", "n_frequency_pattern"),
+        **_transposed(updates),
+    }
+
+
+def _wavelet(words: Words, slots: Slots, module: str) -> dict[str, Any]:
+    family = words.table.get("wavelet_family", "db1")
+    return {**_seeded(25.0)(words, slots, module), "family": str(family) if words.flag("use_idwt", True) else ""}
+
+
+def _shira_told(updates: Mapping[str, Any]) -> dict[str, Any]:
+    """r, which tells PEFT how many values there are: r x (o + i)."""
+    ranks = {u.values.size / sum(u.plain) if all(u.plain) else 0.0 for u in updates.values()}
+    if len(ranks) != 1 or (rank := ranks.pop()) != int(rank) or not rank:
+        raise ValueError("r is not known")
+    return {"r": int(rank), "mask_type": "random"}
+
+
+def _sparsity(updates: Mapping[str, Any]) -> float:
+    """What tells PEFT how many values each module has: the share that has none, rounded up."""
+    if not all(math.prod(u.plain) for u in updates.values()):
+        raise ValueError("sparsity is not known")
+    low = max(u.values.size / math.prod(u.plain) for u in updates.values())
+    high = min((u.values.size + 1) / math.prod(u.plain) for u in updates.values())
+    share = (low + high) / 2
+    if any(int(math.prod(u.plain) * (1 - (1 - share))) != u.values.size for u in updates.values()):
+        raise ValueError("updates that one sparsity cannot describe")
+    return 1 - share
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         "ADALORA",
         (AdaLora,),
         (("down", ".lora_A"), ("up", ".lora_B"), ("singular", ".lora_E")),
-        gain="singular",
+        gain=("singular",),
         settings=_adalora,
         told=_adalora_told,
     ),
@@ -355,7 +419,7 @@ ROWS: tuple[Row, ...] = (
         (Vera,),
         (("scale_up", ".vera_lambda_b"), ("scale_down", ".vera_lambda_d")),
         shared=(("down", "vera_A"), ("up", "vera_B")),
-        gain="scale_up",
+        gain=("scale_up",),
         told=lambda updates: {**_rank(updates), "save_projection": True},
     ),
     Row(
@@ -363,7 +427,7 @@ ROWS: tuple[Row, ...] = (
         (Pvera,),
         (("scale_up", ".pvera_lambda_b"), ("scale_down", ".pvera_lambda_d")),
         shared=(("down", "pvera_A"), ("up", "pvera_B")),
-        gain="scale_up",
+        gain=("scale_up",),
         check=_refuse("sample_at_inference", "the change is drawn anew at each step"),
         told=lambda updates: {**_rank(updates), "save_projection": True},
     ),
@@ -371,10 +435,144 @@ ROWS: tuple[Row, ...] = (
         "DELORA",
         (Delora,),
         (("down", ".delora_A"), ("up", ".delora_B"), ("strength", ".delora_lambda"), ("norm", ".delora_w_norm")),
-        gain="strength",
-        told=lambda updates: dict(
-            zip(("r", "rank_pattern"), patterned({n: u.rank for n, u in updates.items()}), strict=True)
+        gain=("strength",),
+        told=lambda updates: patterned(updates, lambda u: u.rank, "r", "rank_pattern"),
+    ),
+    Row(
+        "VBLORA",
+        (Mixtures, ChosenMixtures),
+        (
+            ("logits_down", ".vblora_logits_A"),
+            ("logits_up", ".vblora_logits_B"),
+            ("index_down", ".vblora_logits_A_topk_indices"),
+            ("index_up", ".vblora_logits_B_topk_indices"),
+            ("share_down", ".vblora_logits_A_topk_weights"),
+            ("share_up", ".vblora_logits_B_topk_weights"),
         ),
+        shared=(("bank", "vblora_vector_bank"),),
+        settings=lambda words, slots, module: {"topk": words.count("topk", 2)},
+        told=_vblora_told,
+    ),
+    Row(
+        "RANDLORA",
+        (RandLora,),
+        (("scale", ".randlora_lambda"), ("gamma", ".randlora_gamma")),
+        shared=(("down", "randlora_A"), ("up", "randlora_B")),
+        copied=(("down", ".randlora_A"), ("up", ".randlora_B")),
+        gain=("scale",),
+        settings=lambda words, slots, module: {"alpha": float(words.number("randlora_alpha", 640))},
+        told=lambda updates: {
+            "r": only(updates, lambda u: u.scale.shape[0]),
+            "randlora_alpha": only(updates, lambda u: u.alpha),
+            "save_projection": True,
+            **_transposed(updates),
+        },
+    ),
+    Row(
+        "GRALORA",
+        (Gralora,),
+        (
+            ("down", ".gralora_A"),
+            ("up", ".gralora_B"),
+            ("hybrid_down", ".gralora_A_general.weight"),
+            ("hybrid_up", ".gralora_B_general.weight"),
+        ),
+        optional=frozenset(["hybrid_down", "hybrid_up"]),
+        gain=("up", "hybrid_up"),
+        settings=lambda words, slots, module: {"alpha": float(words.number("alpha", 64))},
+        told=lambda updates: {
+            "r": only(updates, lambda u: u.down.shape[2]),
+            "gralora_k": only(updates, lambda u: u.blocks),
+            "hybrid_r": only(updates, lambda u: u.hybrid),
+            "alpha": only(updates, lambda u: u.alpha),
+            **_transposed(updates),
+        },
+    ),
+    Row(
+        "MISS",
+        (Miss,),
+        (("block", ".miss_block"),),
+        gain=("block",),
+        settings=_miss,
+        told=_miss_told,
+    ),
+    Row(
+        "BONE",
+        (Bone,),
+        (("block", ".bone_block"),),
+        gain=("block",),
+        settings=_miss,
+        told=_miss_told,
+    ),
+    Row(
+        "UNILORA",
+        (Unilora,),
+        (
+            ("index_down", ".unilora_indices_A"),
+            ("index_up", ".unilora_indices_B"),
+            ("scale_down", ".unilora_scales_A"),
+            ("scale_up", ".unilora_scales_B"),
+        ),
+        shared=(("theta", "unilora_theta_d"),),
+        bare="its indices depend on the order of the base's modules: load it in PEFT, save it with save_indices=True",
+        told=lambda updates: {
+            **_rank(updates),
+            "theta_d_length": only(updates, lambda u: u.theta.size),
+            "save_indices": True,
+        },
+    ),
+    Row(
+        "FOURIERFT",
+        (Fourier,),
+        (("values", ".fourierft_spectrum"),),
+        gain=("values",),
+        settings=_seeded(150.0),
+        told=_seeded_told,
+    ),
+    Row(
+        "WAVEFT",
+        (Wavelet,),
+        (("values", ".waveft_spectrum"),),
+        gain=("values",),
+        settings=_wavelet,
+        told=lambda updates: {
+            **_seeded_told(updates),
+            "wavelet_family": only(updates, lambda u: u.family) or "db1",
+            "use_idwt": bool(only(updates, lambda u: u.family)),
+        },
+    ),
+    Row(
+        "SHIRA",
+        (Sparse,),
+        (("values", ".shira_weight"), ("index", ".shira_indices")),
+        gain=("values",),
+        told=_shira_told,
+    ),
+    Row(
+        "SUPERTUNING",
+        (Supertuning,),
+        (
+            ("values", ".supertuning_values"),
+            ("index", ".supertuning_indices"),
+            ("down", ".supertuning_lora_A.weight"),
+            ("up", ".supertuning_lora_B.weight"),
+        ),
+        optional=frozenset(["down", "up"]),
+        gain=("values", "up"),
+        settings=lambda words, slots, module: {"alpha": float(words.number("lora_alpha", 0)) if "up" in slots else 0.0},
+        told=lambda updates: {
+            "r": only(updates, lambda u: u.rank),
+            "lora_alpha": only(updates, lambda u: u.alpha) or None,
+            "save_precomputed_indices": True,
+            "sparsity": _sparsity(updates),
+        },
+    ),
+    Row(
+        "C3A",
+        (Circulant,),
+        (("kernel", ".c3a_kernel"),),
+        gain=("kernel",),
+        told=lambda updates: patterned(updates, lambda u: u.kernel.shape[2], "block_size", "block_size_pattern"),
     ),
 )
 BY_NAME: Mapping[str, Row] = {row.name: row for row in ROWS}

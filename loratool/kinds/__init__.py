@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loratool.errors import FormatError
-from loratool.kinds import factored
+from loratool.kinds import composed, factored
 from loratool.kinds.experts import Experts
 from loratool.kinds.glora import GLoRA
 from loratool.kinds.hadamard import LoHa
@@ -27,7 +27,7 @@ from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Replace, Rows, S
 _CLASSES: tuple[type[Update], ...] = (
     *(LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked),
     *(Experts, Tokens, Truncated),
-    *factored.KINDS,
+    *(*factored.KINDS, *composed.KINDS),
     *(LoHa, LoKr, GLoRA, IA3, OFT, SegmentOFT, BOFT, PeftOFT, PeftOldOFT, PeftBOFT),
 )
 _DEPTH = 8  # updates inside updates: rows of a sum of DoRAs is three

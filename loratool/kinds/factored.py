@@ -399,6 +399,12 @@ class Miss(Factored):
         return up, np.equal.outer(np.arange(self.rank), np.arange(inner) % self.rank).astype(np.float64)  # [r,i]
 
 
+class Bone(Miss):
+    """Bone, the former name of MiSS."""
+
+    word: ClassVar[str] = "bone"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unilora(Factored):
     """Uni-LoRA: every entry of both factors is a scaled entry of one vector, shared by all modules.
@@ -473,4 +479,4 @@ class Tinylora(Factored):
         return double(self.up), inner @ double(self.down)
 
 
-KINDS = (AdaLora, Vera, Pvera, Delora, Mixtures, ChosenMixtures, RandLora, Gralora, Miss, Unilora, Tinylora)
+KINDS = (AdaLora, Vera, Pvera, Delora, Mixtures, ChosenMixtures, RandLora, Gralora, Miss, Bone, Unilora, Tinylora)
