@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from loratool.errors import FormatError
 from loratool.tensors import DTYPES, SafetensorsFile, Tensor, numpy_dtype
@@ -39,6 +43,10 @@ def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
         raise FormatError("a textual inversion, not an adapter", path)
     if isinstance(state, list):  # the factors of cloneofsimo/lora, by position
         state = {str(position): value for position, value in enumerate(state)}
+    notes: dict[str, str] = {}
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # a checkpoint of Lightning Fabric (LitGPT)
+        notes = _notes(state, path)
+        state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise FormatError("the pickle holds more than a table of tensors", path)
     spelling = {d.torch: d.name for d in DTYPES.values()}
@@ -49,4 +57,29 @@ def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
             raise FormatError(f"a tensor of dtype {value.dtype}, layout {value.layout}", f"{path}: {name}")
         raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         tensors[str(name)] = Tensor.of(raw.view(numpy_dtype(dtype)).reshape(tuple(value.shape)))
-    return SafetensorsFile(path, tensors, {}, 0)
+    return SafetensorsFile(path, tensors, notes, 0)
+
+
+def _notes(state: Mapping[Any, Any], path: Path) -> dict[str, str]:
+    """What stands beside the model in a checkpoint, as JSON. Raises FormatError for what JSON cannot say."""
+    try:
+        return {str(key): json.dumps(value) for key, value in state.items() if key != "model"}
+    except (TypeError, ValueError, RecursionError):
+        raise FormatError("the checkpoint holds more than a model and its settings", path) from None
+
+
+def write_pickle(path: Path, tensors: Mapping[str, Tensor], beside: Mapping[str, Any] | None = None) -> None:
+    """Write a state dict as ``torch.save`` does; with ``beside`` as the ``model`` of a checkpoint, next to these.
+
+    The same tensors give the same bytes.
+    """
+    import torch
+
+    state: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        dtype = getattr(torch, DTYPES[tensor.dtype].torch)
+        data = bytearray(tensor.array().tobytes())
+        state[name] = torch.frombuffer(data, dtype=dtype).reshape(tensor.shape)
+    buffer = io.BytesIO()  # the archive's folder would otherwise be named after the file
+    torch.save(state if beside is None else {"model": state, **beside}, buffer)
+    path.write_bytes(buffer.getvalue())
