@@ -110,7 +110,8 @@ class Format:
 
     ``sniff`` looks at headers only and says why it recognises the input (or None). ``losses`` is asked before
     anything is written. ``write`` gets a path that does not exist yet and creates it, a file or a folder;
-    formats without it are only read.
+    formats without it are only read. ``notes`` are what the user must tell the reader of a written file, because
+    the file cannot.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Format:
     read: Callable[[Evidence], Adapter]
     write: Callable[[Adapter, Path], None] = _read_only
     losses: Callable[[Adapter], list[Loss]] = lambda adapter: []
+    notes: Callable[[Adapter], list[str]] = lambda adapter: []
 
     @property
     def writes(self) -> bool:
