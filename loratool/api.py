@@ -199,7 +199,7 @@ def plan_convert(
         target = target.with_metadata(base_config=model.configs.get("", {}))
     target = cast(target, stored)
     losses = formats.check_losses(target, chosen, allow_loss)
-    warnings = (*source.metadata.warnings, *values.warnings)
+    warnings = (*source.metadata.warnings, *values.warnings, *chosen.notes(target))
     planned = Conversion(target, path, chosen, tuple(losses), unmatched, warnings)
     check_space(path.parent, planned.describe()["disk_needed"])
     return planned
