@@ -21,9 +21,14 @@ from collections.abc import Iterable, Mapping
 from loratool.architectures.base import Architecture, Piece, Row, Segment, Shape, Slot, Stored, agree
 from loratool.architectures.base import split as _split
 from loratool.architectures.flux import CHROMA, FLUX
+from loratool.architectures.flux2 import FLUX2
+from loratool.architectures.lumina import LUMINA2, Z_IMAGE
+from loratool.architectures.qwen_image import QWEN_IMAGE
 from loratool.architectures.sd import SD1, SD2, SDXL, flatten, targets, unflatten
+from loratool.architectures.sd3 import SD3
 from loratool.architectures.table import NameTable
-from loratool.architectures.transformer import MAINS, Evidence, Transformer, spelled
+from loratool.architectures.transformer import MAINS, Transformer, spelled
+from loratool.architectures.wan import WAN
 
 __all__ = [
     "ARCHITECTURES",
@@ -44,7 +49,8 @@ __all__ = [
 ]
 
 UNETS: tuple[Architecture, ...] = (SD1, SD2, SDXL)
-TRANSFORMERS: tuple[Transformer, ...] = (FLUX, CHROMA)  # of several that fit alike, the first is meant
+# of several that fit alike, the first is meant
+TRANSFORMERS: tuple[Transformer, ...] = (FLUX, CHROMA, SD3, WAN, QWEN_IMAGE, Z_IMAGE, LUMINA2, FLUX2)
 ARCHITECTURES: tuple[Architecture, ...] = (*UNETS, *TRANSFORMERS)
 
 _OTHERS = ("first_stage_model.", "vae.", "model_ema.", "cond_stage_model.", "conditioner.", "text_encoders.")
@@ -67,10 +73,11 @@ def identify(modules: Mapping[str, Shape]) -> Architecture | None:
 def _transformer(modules: Mapping[str, Shape], share: float) -> Transformer | None:
     """The diffusion transformer whose names most of these are, at least that share of them; then whose shapes."""
     bodies = {name.body[0] for name in map(spelled, modules) if name.role in MAINS}
-    likely = (known for known in TRANSFORMERS if not bodies.isdisjoint(known.table.read))
-    counts = ((known.evidence(modules), known) for known in likely)
-    best: tuple[Evidence, Transformer] | None = max(counts, key=lambda count: count[0], default=None)
-    return best[1] if best and best[0].main and best[0].known >= share * len(modules) else None
+    counts = {known: known.known(modules) for known in TRANSFORMERS if not bodies.isdisjoint(known.table.read)}
+    most = max(counts.values(), default=0)
+    if not most or most < share * len(modules):
+        return None
+    return max((known for known in counts if counts[known] == most), key=lambda known: known.evidence(modules))
 
 
 def _unet(modules: Mapping[str, Shape]) -> Architecture | None:

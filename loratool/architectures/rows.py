@@ -237,8 +237,21 @@ class Hit(NamedTuple):
         return filled(self.line.native, self.numbers)
 
 
-Index = Mapping[str, tuple[tuple[Line, tuple[int | None, ...]], ...]]
-"""Lines by skeleton, each with the numbers that a name must have, None for those of blocks."""
+class Entry(NamedTuple):
+    """A line, and which numbers a name must have to mean it: how many, those that are fixed, and those of blocks."""
+
+    line: Line
+    length: int
+    fixed: tuple[tuple[int, int], ...]  # place, number
+    free: tuple[int, ...]  # places
+
+    def fits(self, numbers: Numbers) -> bool:
+        """Whether a name with these numbers means the line."""
+        return len(numbers) == self.length and all(numbers[place] == number for place, number in self.fixed)
+
+
+Index = Mapping[str, tuple[Entry, ...]]
+"""Lines by skeleton."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,13 +288,15 @@ class Table:
     @cached_property
     def read(self) -> Index:
         """Lines by the names that stored modules have. Raises ValueError where a name means two things."""
-        found: dict[str, list[tuple[Line, tuple[int | None, ...]]]] = {}
+        found: dict[str, list[Entry]] = {}
         for line in (*self.lines, *(line for more in self.also.values() for line in more), *self.plain):
-            key, fixed = pattern(line.native)
+            key, entry = _entry(line.native, line)
             entries = found.setdefault(key, [])
-            twins = [one for one, numbers in entries if numbers == fixed and one.parts[0].axes == line.parts[0].axes]
+            twins = [
+                one.line for one in entries if one.fixed == entry.fixed and one.line.parts[0].axes == line.parts[0].axes
+            ]
             if not twins:
-                entries.append((line, fixed))
+                entries.append(entry)
             elif not _same(twins[0], line):
                 raise ValueError(f"{line.native!r} is both {twins[0].parts} and {line.parts}")
         return {key: tuple(entries) for key, entries in found.items()}
@@ -299,6 +314,10 @@ class Table:
             if not line.feature or line.feature in size.features:
                 yield from (Hit(line, n) for n in product(*(size.numbers(letter) for letter in line.letters)))
 
+    def knows(self, body: tuple[str, Numbers]) -> bool:
+        """Whether a flattened name is that of a stored module."""
+        return any(entry.fits(body[1]) for entry in self.read.get(body[0], ()))
+
     def find(self, body: tuple[str, Numbers], shape: Shape = ()) -> Hit | None:
         """What a stored module's flattened name means; where several lines do, by the shape."""
         return _chosen(self.read.get(body[0], ()), body[1], shape)
@@ -315,21 +334,23 @@ def _same(one: Line, other: Line) -> bool:
 
 
 def _by_reference(lines: Sequence[Line]) -> Index:
-    found: dict[str, list[tuple[Line, tuple[int | None, ...]]]] = {}
+    found: dict[str, list[Entry]] = {}
     for line in lines:
         for part in line.parts:
-            key, fixed = pattern(part.reference)
-            found.setdefault(key, []).append((line, fixed))
+            key, entry = _entry(part.reference, line)
+            found.setdefault(key, []).append(entry)
     return {key: tuple(entries) for key, entries in found.items()}
 
 
-def _chosen(entries: Sequence[tuple[Line, tuple[int | None, ...]]], numbers: Numbers, shape: Shape) -> Hit | None:
+def _entry(template: str, line: Line) -> tuple[str, Entry]:
+    key, numbers = pattern(template)
+    fixed = tuple((n, told) for n, told in enumerate(numbers) if told is not None)
+    return key, Entry(line, len(numbers), fixed, tuple(n for n, told in enumerate(numbers) if told is None))
+
+
+def _chosen(entries: Sequence[Entry], numbers: Numbers, shape: Shape) -> Hit | None:
     """The line whose fixed numbers are these; of several, one whose proportions are those of the shape."""
-    found = [
-        Hit(line, tuple(n for n, told in zip(numbers, fixed, strict=True) if told is None))
-        for line, fixed in entries
-        if len(fixed) == len(numbers) and all(told in (None, n) for n, told in zip(numbers, fixed, strict=True))
-    ]
+    found = [entry for entry in entries if entry.fits(numbers)]
     if len(found) > 1 and shape:
-        found.sort(key=lambda hit: not hit.line.agrees(shape))
-    return found[0] if found else None
+        found.sort(key=lambda entry: not entry.line.agrees(shape))
+    return Hit(found[0].line, tuple(numbers[place] for place in found[0].free)) if found else None

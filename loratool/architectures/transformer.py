@@ -7,7 +7,8 @@ left is looked up in the tables of `rows`. Widths are only needed where proporti
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -182,7 +183,8 @@ class Transformer(Architecture):
 
     def knows(self, name: str) -> bool:
         """Whether it is a name of this kind of model, fused or not."""
-        return self._find(spelled(name)) is not None
+        found = spelled(name)
+        return self.table.knows(found.body) if found.role in MAINS else self._find(found) is not None
 
     def pieces(self, name: str, shape: Shape = ()) -> tuple[Piece, ...]:
         found = self._find(spelled(name), shape)
@@ -282,45 +284,51 @@ class Transformer(Architecture):
 
     # ---------------------------------------------------------------- recognition
 
+    def known(self, modules: Iterable[str]) -> int:
+        """How many of these names are of this kind of model."""
+        return sum(map(self.knows, modules))
+
     def evidence(self, modules: Mapping[str, Shape]) -> Evidence:
-        """What tells for this family: see `Evidence`."""
-        found = [(self._find(spelled(name), shape), shape) for name, shape in modules.items()]
+        """How well the modules of the main model fit, by their shapes."""
+        found = ((self._find(spelled(name), shape), shape) for name, shape in modules.items())
         known = [(hit.hit, shape) for hit, shape in found if hit and hit.component in MAINS]
-        right = sum(hit.line.agrees(shape) for hit, shape in known)
-        within = max(self._within(size, known) for size in self.sizes)
-        return Evidence(sum(hit is not None for hit, _ in found), right, *within, len(known))
+        lines = {id(hit.line): hit.line for hit, _ in known}
+        shapes = Counter((id(hit.line), shape) for hit, shape in known)
+        numbers = Counter((id(hit.line), hit.numbers) for hit, _ in known)
+        right = sum(count for (line, shape), count in shapes.items() if lines[line].agrees(shape))
+        return max(Evidence(right, *self._within(size, lines, shapes, numbers), len(known)) for size in self.sizes)
 
-    def _within(self, size: Size, known: Sequence[tuple[Hit, Shape]]) -> tuple[int, int]:
-        exact = sum(bool(shape) and self._fits(size, hit.line, shape) for hit, shape in known)
-        inside = sum(
-            all(n in size.numbers(letter) for letter, n in zip(hit.line.letters, hit.numbers, strict=True))
-            and (not hit.line.feature or hit.line.feature in size.features)
-            for hit, _ in known
-        )
-        return exact, inside
-
-    def _fits(self, size: Size, line: Line, shape: Shape) -> bool:
-        key = (size.name, id(line), shape)
-        if key not in self._fitting:
-            self._fitting[key] = agree(shape, line.stored_shape(size.widths))
-        return self._fitting[key]
-
-    @cached_property
-    def _fitting(self) -> dict[tuple[str, int, Shape], bool]:
-        return {}
+    def _within(
+        self,
+        size: Size,
+        lines: Mapping[int, Line],
+        shapes: Mapping[tuple[int, Shape], int],
+        numbers: Mapping[tuple[int, Numbers], int],
+    ) -> tuple[int, int, float]:
+        """What fits one size: how many shapes, how many numbers of blocks, and how many of its blocks these are."""
+        stored = {line: held.stored_shape(size.widths) for line, held in lines.items()}
+        exact = sum(count for (line, shape), count in shapes.items() if shape and agree(shape, stored[line]))
+        inside, seen = 0, set()
+        for (line, at), count in numbers.items():
+            letters, feature = lines[line].letters, lines[line].feature
+            here = all(n in size.numbers(letter) for letter, n in zip(letters, at, strict=True))
+            inside += count * (here and (not feature or feature in size.features))
+            seen |= set(zip(letters, at, strict=True))
+        blocks = sum(len(size.numbers(letter)) for letter in {letter for letter, _ in seen})
+        return exact, inside, len(seen) / blocks if blocks else 0.0
 
 
 class Evidence(NamedTuple):
-    """How well an adapter's modules fit a family: the more, the better, in this order.
+    """How well the modules of a main model fit a family: the more, the better, in this order.
 
-    ``known`` names; of those of the main model: of the right proportions; of the very shape, and the very number of
-    blocks, of one published size; and how many these are.
+    How many have the right proportions; the very shape that they have in one published size; a number of a block
+    that there is; the share of the blocks that these are; and how many modules there are.
     """
 
-    known: int
     right: int
     exact: int
     inside: int
+    share: float
     main: int
 
 
