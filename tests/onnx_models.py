@@ -350,7 +350,6 @@ class Graphs:
             return path
         return export(name, exporter, path, **options)
 
-    @cache  # noqa: B019
     def adapter(self, name: str, targets: tuple[str, ...] = (), seed: int = 0, **config: Any) -> Path:
         """A PEFT folder with random factors."""
         import torch
@@ -358,13 +357,15 @@ class Graphs:
 
         about = MODELS[name]
         chosen = {"r": 3, "lora_alpha": 6, "target_modules": list(targets) or about.targets, **config}
-        model = get_peft_model(make(name), LoraConfig(**chosen))
         word = zlib.crc32(repr((name, seed, sorted(map(str, chosen.items())))).encode())
+        folder = self.folder / f"{name}-lora-{word:08x}"
+        if folder.exists():
+            return folder
+        model = get_peft_model(make(name), LoraConfig(**chosen))
         torch.manual_seed(word)
         for parameter, value in model.named_parameters():
             if value.requires_grad:
                 value.data.copy_(trained(parameter, value))
-        folder = self.folder / f"{name}-lora-{word:08x}"
         with quiet():
             model.save_pretrained(folder)
         return folder
@@ -384,14 +385,26 @@ class Graphs:
             return export(name, exporter, out, make(name).bfloat16())
         return {"half": half, "external": external}[how](source, out)
 
-    def reference(self, name: str, *adapters: Path, inputs: Mapping[str, np.ndarray] | None = None) -> list[np.ndarray]:
-        """PEFT's unmerged outputs; without adapters the base model's."""
+    def reference(
+        self, name: str, *adapters: Path, strength: float | tuple[float, ...] = 1.0, model: Any = None
+    ) -> list[np.ndarray]:
+        """PEFT's unmerged outputs of several adapters at once, each as strong as said; without any the base model's."""
         from peft import PeftModel
 
-        model = make(name)
+        model = make(name) if model is None else model
+        strengths = strength if isinstance(strength, tuple) else (strength,) * len(adapters)
+        for number, folder in enumerate(adapters):
+            if number == 0:
+                model = PeftModel.from_pretrained(model, folder, adapter_name="0")
+            else:
+                model.load_adapter(folder, adapter_name=str(number))
         if adapters:
-            model = PeftModel.from_pretrained(model, adapters[0])
-        return forward(model.eval(), feed(name) if inputs is None else inputs)
+            model.base_model.set_adapter([str(number) for number in range(len(adapters))])
+            for layer in (m for m in model.modules() if hasattr(m, "set_scale")):
+                for number, by in enumerate(strengths):
+                    if str(number) in layer.scaling:
+                        layer.scaling[str(number)] *= by
+        return forward(model.eval(), feed(name))
 
 
 # -- variants ------------------------------------------------------------------------------------------------
@@ -438,7 +451,7 @@ def external(source: Path, out: Path) -> Path:
     import onnx
 
     data = f"{out.name}_data"
-    onnx.save(onnx.load(source), out, save_as_external_data=True, location=data, size_threshold=0)
+    onnx.save(onnx.load(source), out, save_as_external_data=True, location=data, size_threshold=256)
     return out
 
 
