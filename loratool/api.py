@@ -457,7 +457,7 @@ def adapter_of(source: Source, reading: Reading | None) -> Adapter:
 
 def model_of(base: Base, reading: Reading) -> Model:
     """The model itself, described from its headers where a path is given."""
-    return base if isinstance(base, Model) else read_model(Path(base), reading.allow_links)
+    return base if isinstance(base, Model) else read_model(Path(base), reading.allow_links, reading.allow_pickle)
 
 
 def flattened(adapters: Sequence[Source | Sequence[Source]]) -> list[Source]:

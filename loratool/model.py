@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 from loratool.architectures import Slot, identify_checkpoint
 from loratool.errors import FormatError
 from loratool.files import existing, inside, read_json, walk
+from loratool.pickles import looks_pickled, read_pickle
 from loratool.tensors import SafetensorsFile, Tensor, read_safetensors
 
 _ADAPTER_FILES = frozenset(("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors"))
 _INDEX = ".safetensors.index"
+_PICKLED = re.compile(r"(diffusion_)?pytorch_model(-\d+-of-\d+)?(\.[a-z0-9]+)?\.bin$")
 _UNREAD = (".bin", ".ckpt", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -55,6 +58,11 @@ class Model:
     def is_folder(self) -> bool:
         """Whether the model is a folder."""
         return bool(self.others) or self.path.is_dir()
+
+    @property
+    def pickled(self) -> bool:
+        """Whether weights were read from pickles: what is made of the model is written as safetensors."""
+        return any(weights.file.data_start == 0 for weights in self.weights)
 
     @cached_property
     def parameters(self) -> Mapping[str, tuple[Location, ...]]:
@@ -108,24 +116,31 @@ def pick(tensor: Tensor, slot: Slot) -> Tensor:
     return pieces[0] if len(pieces) == 1 else Tensor.joined(pieces)
 
 
-def read_model(path: str | Path, allow_links: bool = False) -> Model:
+def read_model(path: str | Path, allow_links: bool = False, allow_pickle: bool = False) -> Model:
     """Describe the model at ``path`` from its headers.
 
-    Raises LoratoolError (no such path) and FormatError (nothing to read, a damaged or hostile file, an index that
-    disagrees with its shards).
+    Where there are only pickles (.bin, .ckpt), ``allow_pickle`` reads their tensors; what is made of the model is
+    written as safetensors, so they go by the names that those files will have. Raises LoratoolError (no such path)
+    and FormatError (nothing to read, a damaged or hostile file, an index that disagrees with its shards).
     """
     found = existing(path, "model")
     if not found.is_dir():
-        file = read_safetensors(found)
+        file = read_pickle(found, allow_pickle) if looks_pickled(found) else read_safetensors(found)
         return Model(found, (WeightFile(found.name, "", file),))
     if (found / "adapter_config.json").exists() and not (found / "config.json").exists():
         raise FormatError("this is an adapter, not a model", found)
     files = [name.as_posix() for name in walk(found, allow_links)]
     pipeline = "model_index.json" in files
+    held = [name for name in files if _is_weights(name, pipeline, ".safetensors")]
+    pickled = [name for name in files if _is_weights(name, pipeline, ".bin") and _without_twin(name, held)]
+    if not held and pickled and not allow_pickle:
+        read_pickle(found / pickled[0], allow_pickle)  # says why not
+    read = pickled if allow_pickle else []
     weights = tuple(
-        WeightFile(name, _prefix(name), read_safetensors(inside(found, name, allow_links)))
-        for name in files
-        if _is_weights(name, pipeline)
+        WeightFile(name, _prefix(name), read_safetensors(inside(found, name, allow_links))) for name in held
+    ) + tuple(
+        WeightFile(_as_safetensors(name), _prefix(name), read_pickle(inside(found, name, allow_links), allow_pickle))
+        for name in read
     )
     if not weights:
         unread = ", ".join(name for name in files if name.endswith(_UNREAD)) or "none"
@@ -134,13 +149,15 @@ def read_model(path: str | Path, allow_links: bool = False) -> Model:
             found,
             "convert them to safetensors",
         )
-    taken = {w.name for w in weights}
     configs = {
         _prefix(name): _table(found / name)
         for name in files
         if name.rpartition("/")[2] == "config.json" and (pipeline or "/" not in name)
     }
     index_files = {name: _table(found / name) for name in files if _INDEX in name and name.endswith(".json")}
+    moved = {name for name in files if read and name.endswith(".bin.index.json")}
+    index_files |= {_as_safetensors(name): _renamed(_table(found / name)) for name in moved}
+    taken = {*held, *read, *moved}
     model = Model(found, weights, tuple(n for n in files if n not in taken), configs, index_files)
     for name, index in index_files.items():
         _check_index(model, name, index)
@@ -153,11 +170,33 @@ def _prefix(name: str) -> str:
     return folder.replace("/", ".") + "." if folder else ""
 
 
-def _is_weights(name: str, pipeline: bool) -> bool:
+def _is_weights(name: str, pipeline: bool, ending: str) -> bool:
     """Whether a file of the folder holds the model's weights (in a pipeline: one folder down)."""
-    if not name.endswith(".safetensors") or name.rpartition("/")[2] in _ADAPTER_FILES:
+    own = name.rpartition("/")[2]
+    if not own.endswith(ending) or own in _ADAPTER_FILES:
         return False
-    return name.count("/") <= (1 if pipeline else 0)
+    named = ending == ".safetensors" or _PICKLED.match(own) is not None
+    return named and name.count("/") <= (1 if pipeline else 0)
+
+
+def _without_twin(name: str, held: Iterable[str]) -> bool:
+    """Whether a pickle's component has no safetensors weights: else it is another form of the same."""
+    return _prefix(name) not in {_prefix(other) for other in held}
+
+
+def _as_safetensors(name: str) -> str:
+    """The name of what a pickled weight file, or its index, becomes."""
+    folder, slash, own = name.rpartition("/")
+    named = own if own.startswith("diffusion_") else own.replace("pytorch_model", "model", 1)
+    return f"{folder}{slash}{named.replace('.bin', '.safetensors', 1)}"
+
+
+def _renamed(index: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The index of pickled shards as that of the safetensors files which they become."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        return index
+    return {**index, "weight_map": {key: _as_safetensors(str(shard)) for key, shard in weight_map.items()}}
 
 
 def _table(path: Path) -> Mapping[str, Any]:

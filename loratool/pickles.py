@@ -21,6 +21,12 @@ def looks_pickled(path: Path) -> bool:
     return head.startswith(_STARTS) and head[8:] != b"{"  # which a safetensors file may have for a length
 
 
+def _is_zip(path: Path) -> bool:
+    """Whether the tensors lie in an archive, from which they can be mapped instead of read."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
     """The tensors of a state dict, or of a list, saved with ``torch.save``; no code of the file is run.
 
@@ -35,12 +41,14 @@ def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # whatever a damaged pickle makes the unpickler stumble over
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FormatError(f"not a readable pickle of tensors: {first[:200]}", path) from None
     if isinstance(state, dict) and "string_to_param" in state:
         raise FormatError("a textual inversion, not an adapter", path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # a checkpoint of lightning
+        state = state["state_dict"]
     if isinstance(state, list):  # the factors of cloneofsimo/lora, by position
         state = {str(position): value for position, value in enumerate(state)}
     notes: dict[str, str] = {}

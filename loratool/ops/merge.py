@@ -162,6 +162,8 @@ def _warnings(model: Model, adapters: Sequence[Adapter]) -> list[str]:
     """What the user should know: stale copies of the weights, an adapter that is in the base already."""
     copies = stale_copies(model)
     found = [f"copied unmerged, other forms of the same weights: {', '.join(copies[:5])}"] if copies else []
+    if model.pickled:
+        found.append("the base's weights are pickles: the output holds them as safetensors")
     said = {value for w in model.weights for value in _inputs_of(w.file.metadata).values()}
     for path in (path for adapter in adapters for path in adapter.metadata.weights):
         if said and sha256(path) in said:
@@ -183,7 +185,7 @@ def _documents(model: Model, outputs: Sequence[OutputFile], changes: Changes, dt
     documents: dict[str, bytes] = {}
     for name, index in model.index_files.items():
         updated = _index(name, index, model, outputs)
-        if updated != index:
+        if updated != index or name not in model.others:  # that of pickled shards is no file of the base's
             documents[name] = json.dumps(updated, indent=2).encode() + b"\n"
     for prefix, config in model.configs.items():
         changed = dict(config)

@@ -310,6 +310,9 @@ def recording(merge: Merge, writer: Consumer, undo: Path | None) -> Iterator[Rec
 
 def check_undo(merge: Merge, undo: str | Path, out: str | Path, overwrite: bool) -> Path:
     """Check where the undo file goes. Raises LoratoolError."""
+    if merge.model.pickled:
+        hint = "keep the base, or merge into one of safetensors"
+        raise LoratoolError("a base of pickles cannot be restored bit for bit", merge.model.path, hint)
     path = prepare_output(undo, overwrite, {"the base": merge.model.path})
     target = Path(out).resolve()
     if path.resolve() == target or target in path.resolve().parents:
