@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,33 @@ import numpy as np
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
 from loratool.architectures.llm import EMBEDDING_LEAVES
 from loratool.errors import FormatError
+from loratool.files import inside
+from loratool.formats import peft_tuners
 from loratool.formats.base import CONFIG, Evidence, Format
+from loratool.formats.peft_config import (
+    DOUBLES_OUT_PROJ,
+    REWRITTEN,
+    Patterns,
+    Scales,
+    expert_order,
+    in_order,
+    listed,
+    mutating,
+    names,
+    out_proj_times,
+    parameters_of,
+    refuse_fields,
+    saved_whole,
+    strangers,
+    token_indices,
+)
+from loratool.formats.peft_variants import plain_factors
 from loratool.keys import Layout, require_pair
+from loratool.kinds.experts import Experts
+from loratool.kinds.tokens import Tokens
+from loratool.kinds.truncated import Truncated
 from loratool.tensors import FLOATS, Tensor, write_safetensors
-from loratool.update import Dense, DoRA, LowRank, Update, as_low_rank
+from loratool.update import Dense, DoRA, LowRank, Sum, Update, as_low_rank
 
 PREFIX = "base_model.model."
 LAYOUT = Layout(
@@ -39,13 +60,18 @@ LAYOUT = Layout(
         ("embedding_down", ".lora_embedding_A"),
         ("embedding_up", ".lora_embedding_B"),
         ("magnitude", ".lora_magnitude_vector"),
+        ("diagonal", ".lora_diag"),
+        ("tokens", ".token_adapter.trainable_tokens_delta"),
     ),
     aliases=(("down", ".lora_A"), ("up", ".lora_B"), ("magnitude", ".lora_magnitude_vector.weight")),
 )
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ADAPTER_NAME = re.compile(
-    r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+(?=(\.weight|\.bias)?$)"
+    r"(\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector|diag)|token_adapter\.trainable_tokens_delta))"
+    r"\.(?!weight$|bias$)[^.]+(?=(\.weight|\.bias)?$)"
 )
+_TRAINING_ONLY = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
+_OUT_PROJ = ".base_layer.out_proj"  # of a MultiheadAttention, which PEFT wraps with it
 
 # other tuners of PEFT, and whether their update is a fixed change of weights
 _NOT_A_WEIGHT_CHANGE = frozenset(
@@ -62,18 +88,6 @@ _NOT_A_WEIGHT_CHANGE = frozenset(
         "LILY",
     ]
 )
-# configuration fields of LoRA that change the mathematics: (field, why it is refused, is it final)
-_REFUSED_FIELDS = (
-    ("alora_invocation_tokens", "activated LoRA depends on the tokens: it is no fixed change of weights"),
-    ("arrow_config", "Arrow routes by token: it is no fixed change of weights"),
-    ("target_parameters", "LoRA on bare parameters (mixture-of-experts) is not supported yet"),
-    ("trainable_token_indices", "trainable tokens are not supported yet"),
-    ("layer_replication", "layer replication is not supported yet"),
-    ("use_qalora", "QALoRA is not supported yet"),
-    ("use_bdlora", "BD-LoRA is not supported yet"),
-    ("kasa_config", "KaSA is not supported yet"),
-)
-_MUTATING_INIT = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _TOKENIZER_FILES = frozenset(
     [
         "tokenizer.json",
@@ -105,29 +119,173 @@ def sniff(evidence: Evidence) -> str | None:
 
 def read(evidence: Evidence) -> Adapter:
     """Read a PEFT folder or file. Raises FormatError for what is malformed or refused by name."""
+    refuse(evidence.config, evidence.path)
+    if (row := peft_tuners.row_named(evidence.config)) is not None:
+        return _read_tuner(evidence, row)
+    adapter = _read_lora(evidence)
+    init = mutating(evidence.config)
+    if init is None:
+        return adapter
+    initial = _initial_adapter(evidence)
+    if initial is None or init.lower() == "loftq":
+        raise FormatError(
+            f"init_lora_weights {init!r} changed the base, so this is no delta of the plain base",
+            evidence.path,
+            "save it with PEFT's path_initial_model_for_weight_conversion, which gives a plain LoRA"
+            + ("" if init.lower() == "loftq" else ", or put the initial adapter beside it, into a folder *_init"),
+        )
+    return _less(adapter, initial)
+
+
+def _read_lora(evidence: Evidence) -> Adapter:
+    """The LoRA that a file and its configuration tell, whatever its base was."""
     config, file = evidence.config, evidence.file
-    refuse(config, evidence.path)
     grouped, rest = LAYOUT.group(file.tensors, normalise, file.path)
     scales = Scales(config, evidence)
     updates: dict[str, Update] = {}
     spellings: dict[str, str] = {}
-    for module, slots in grouped.items():
-        if ".base_layer" in module:
-            raise FormatError(
-                "nested wrappers (mixture-of-experts parameters, MultiheadAttention) are not supported yet",
-                f"{file.path}: {module}",
-            )
-        updates.update(_updates(module, slots, scales, file.path))
-        spellings[module] = PREFIX + module
+    found = places(grouped, config, file.path)
+    for module, place in found.items():
+        for name, update in _updates(place, grouped[module], scales, config, file.path).items():
+            if name in updates:
+                raise FormatError(f"two updates of {name}", f"{file.path}: {module}")
+            updates[name] = update
+        spellings[place.target] = PREFIX + (module if place.target == _unnested(module) else place.target)
+    dropped = [key for key in rest if _TRAINING_ONLY.search(key)]
+    carried = _carried({key: rest[key] for key in rest if key not in dropped}, spellings, evidence)
+    notes = list(strangers(config))
+    notes = [f"fields of the configuration that are not known here: {', '.join(notes)}"] if notes else []
+    if dropped:
+        notes.append(f"{len(dropped)} tensors that only training uses (VeLoRA, MonteCLoRA) are left out")
+    if any(place.times != 1.0 for place in found.values()):
+        notes.append(
+            "the update of each MultiheadAttention's out_proj counts twice, as in PEFT up to "
+            f"{'.'.join(map(str, DOUBLES_OUT_PROJ))}; a later peft_version in adapter_config.json makes it count once"
+        )
+    metadata = _metadata(evidence, scales, updates)
+    metadata = replace(metadata, warnings=(*metadata.warnings, *notes))
+    return Adapter(updates, carried, metadata, spellings)
+
+
+def _carried(rest: Mapping[str, Tensor], spellings: dict[str, str], evidence: Evidence) -> dict[str, Tensor]:
+    """The whole tensors by parameter; their ``spellings`` are noted. Raises FormatError for what means nothing."""
     carried: dict[str, Tensor] = {}
     for key, tensor in rest.items():
-        name = _carried_name(normalise(key), file.path)
+        name = _carried_name(normalise(key), evidence.config, evidence.weights)
         if name is not None:
             if name in carried:
-                raise FormatError(f"two tensors for {name}", f"{file.path}: {key} and {spellings[name]}")
+                raise FormatError(f"two tensors for {name}", f"{evidence.weights}: {key} and {spellings[name]}")
             carried[name] = tensor
             spellings[name] = key
-    return Adapter(updates, carried, _metadata(evidence, scales, updates), spellings)
+    return carried
+
+
+def _read_tuner(evidence: Evidence, row: peft_tuners.Row) -> Adapter:
+    """An adapter of another type than LORA."""
+    updates, rest, spellings = peft_tuners.read(evidence, row, normalise)
+    carried = _carried(rest, spellings, evidence)
+    return Adapter(updates, carried, _metadata(evidence, None, updates), spellings)
+
+
+def _initial_adapter(evidence: Evidence) -> Adapter | None:
+    """The adapter as it was before training, where the folder holds it in a folder ``*_init``."""
+    if not evidence.path.is_dir():
+        return None
+    found = sorted(p.name for p in evidence.path.iterdir() if p.name.endswith("_init") and (p / CONFIG).is_file())
+    if len(found) > 1:
+        raise FormatError(f"several initial adapters: {', '.join(found)}", evidence.path)
+    if not found:
+        return None
+    inner = Evidence(inside(evidence.path, found[0], evidence.allow_links), evidence.allow_pickle, evidence.allow_links)
+    refuse(inner.config, inner.path)
+    return _read_lora(inner)
+
+
+def _less(adapter: Adapter, initial: Adapter) -> Adapter:
+    """What training changed: the base lost the initial factors, s x (B A - B0 A0) is the delta of the plain base."""
+    updates: dict[str, Update] = {}
+    for name, update in adapter.updates.items():
+        first = initial.updates.get(name)
+        if is_bias(name) and first is None:
+            updates[name] = update
+            continue
+        if not isinstance(update, LowRank) or not isinstance(first, LowRank) or first.shape != update.shape:
+            raise FormatError("the initial adapter has no LoRA of this shape", f"{initial.metadata.path}: {name}")
+        updates[name] = Sum((update, first.scaled(-1.0)))
+    if missing := sorted(initial.updates.keys() - updates.keys()):
+        raise FormatError("the initial adapter has a module that the trained one lacks", f"{missing[0]}")
+    weights = (*adapter.metadata.weights, *initial.metadata.weights)
+    return replace(adapter, updates=updates).with_metadata(weights=weights)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the factors under one module of a file change: the target, the name that PEFT's patterns see, how often."""
+
+    target: str
+    rule: str
+    stacked: bool = False
+    times: float = 1.0
+
+
+_NESTED = re.compile(r"\.base_layer(?=\.|$)")
+
+
+def _unnested(module: str) -> str:
+    """A module's path without the wrappers around it."""
+    return _NESTED.sub("", module)
+
+
+def places(grouped: Iterable[str], config: Mapping[str, Any], where: Path) -> dict[str, Place]:
+    """The place of each module of a file. PEFT wraps a parameter by wrapping its module, several by nesting.
+
+    Raises FormatError where a nesting means nothing, or the configuration does not name the parameters.
+    """
+    by_module: dict[str, list[str]] = {}
+    for module in grouped:
+        by_module.setdefault(_unnested(module), []).append(module)
+    held = {module for modules in by_module.values() for module in modules}
+    attentions = {m.removesuffix(_OUT_PROJ) for m in held if m.endswith(_OUT_PROJ)} & by_module.keys()
+    found: dict[str, Place] = {}
+    for module, wrappers in by_module.items():
+        owner = wrappers[0].removesuffix(_OUT_PROJ)
+        if module in attentions:
+            found[_only(wrappers, where)] = Place(f"{module}.in_proj_weight", module)
+        elif owner != wrappers[0] and owner in attentions:
+            found[_only(wrappers, where)] = Place(module, owner, times=out_proj_times(config))
+        elif parameters := parameters_of(module, config, where):
+            found.update(_parameter_places(module, wrappers, parameters, where))
+        elif len(wrappers) == 1 and not wrappers[0].endswith(".base_layer"):
+            found[wrappers[0]] = Place(module, module)
+        else:
+            raise FormatError(
+                "nested wrappers of parameters that the configuration does not name",
+                f"{where}: {module}",
+                "name them in target_parameters of adapter_config.json",
+            )
+    return found
+
+
+def _only(wrappers: Sequence[str], where: Path) -> str:
+    if len(wrappers) > 1:
+        raise FormatError("a MultiheadAttention that is wrapped twice", f"{where}: {wrappers[1]}")
+    return wrappers[0]
+
+
+def _parameter_places(module: str, wrappers: Sequence[str], parameters: Sequence[str], where: Path) -> dict[str, Place]:
+    """The first registered parameter lies innermost, behind most ``.base_layer`` (llm.md 1.9)."""
+    inside_out = sorted(wrappers, key=lambda wrapper: -len(wrapper))
+    if len(inside_out) != len(parameters) or (len(parameters) > 1 and in_order(parameters) is None):
+        raise FormatError(
+            f"{len(inside_out)} wrapped parameters, and target_parameters names {', '.join(parameters)}: "
+            "which is which is unknown",
+            f"{where}: {module}",
+        )
+    found = {}
+    for wrapper, parameter in zip(inside_out, parameters, strict=True):
+        name = f"{module}.{parameter}"
+        found[wrapper] = Place(module if parameter == "weight" else name, name, stacked=True)
+    return found
 
 
 def normalise(key: str) -> str:
@@ -149,123 +307,84 @@ def _unwrapped(key: str) -> str:
 
 
 def refuse(config: Mapping[str, Any], where: Path) -> None:
-    """Raise FormatError, naming the kind, for configurations whose mathematics is not plain LoRA."""
+    """Raise FormatError, naming the kind, for what is no fixed change of weights."""
     kind = str(config.get("peft_type", "LORA")).upper()
     if kind in _NOT_A_WEIGHT_CHANGE:
         raise FormatError(f"{kind} is not a fixed change of weights", where, "it cannot be merged or converted")
-    if kind != "LORA":
-        raise FormatError(f"the PEFT type {kind} is not supported yet", where)
-    for field, why in _REFUSED_FIELDS:
-        if config.get(field):
-            raise FormatError(f"{why} ({field} is set)", where)
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_MUTATING_INIT):
-        raise FormatError(
-            f"init_lora_weights {init!r} changed the base, so this is no delta of the plain base",
-            where,
-            "save it with PEFT's path_initial_model_for_weight_conversion, which gives a plain LoRA",
-        )
+    if kind in peft_tuners.REFUSED:
+        raise FormatError(f"the PEFT type {kind} cannot be read: {peft_tuners.REFUSED[kind]}", where)
+    if kind != "LORA" and peft_tuners.row_named(config) is None:
+        raise FormatError(f"the PEFT type {kind} is not known", where)
+    refuse_fields(config, where)
 
 
-class Scales:
-    """Rank, alpha and rank stabilisation of each module, as the configuration tells them."""
-
-    def __init__(self, config: Mapping[str, Any], evidence: Evidence) -> None:
-        self.where = evidence.path
-        self.override = evidence.scaling
-        self.known = bool(config) or self.override is not None
-        self.rank_stabilised = bool(config.get("use_rslora")) and self.override is None
-        self.transposed = bool(config.get("fan_in_fan_out"))  # a hint: at the merge the base's shapes decide
-        self.r = config.get("r", 8)
-        self.alpha = config.get("lora_alpha", 8)
-        self.ranks = Patterns(config.get("rank_pattern") or {}, "rank_pattern", evidence.path)
-        self.alphas = Patterns(config.get("alpha_pattern") or {}, "alpha_pattern", evidence.path)
-        self.warnings: list[str] = []
-        if config and "lora_alpha" not in config:
-            self.warnings.append("lora_alpha is missing from the configuration: PEFT's default, 8, is used")
-
-    def alpha_of(self, module: str, rank: int) -> float | None:
-        """alpha of a module whose factors have ``rank``. Raises FormatError when the configuration disagrees."""
-        if self.override is not None:
-            return self.override * rank
-        if not self.known:
-            return None
-        told = self.ranks.get(module, self.r)
-        if told != rank:
-            raise FormatError(
-                f"the configuration says rank {told}, the tensors have rank {rank}: the scaling is unknown",
-                f"{self.where}: {module}",
-                "correct r or rank_pattern in adapter_config.json, or give --scaling",
-            )
-        alpha = self.alphas.get(module, self.alpha)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
-            raise FormatError(f"alpha is {alpha!r}, not a number", f"{self.where}: {module}")
-        return float(alpha)
-
-
-class Patterns:
-    """PEFT's rank_pattern and alpha_pattern: regular expressions tried in order, all together bounded in time."""
-
-    seconds = 10.0
-
-    def __init__(self, table: Mapping[str, Any], field: str, where: Path) -> None:
-        if not isinstance(table, Mapping):
-            raise FormatError(f"{field} is not a table", where)
-        import regex
-
-        self.field, self.where = field, where
-        try:
-            self.rules = [(regex.compile(rf"(.*\.)?({key})$"), value) for key, value in table.items()]
-        except regex.error as error:
-            raise FormatError(f"a key of {field} is no regular expression: {error}", where) from None
-
-    def get(self, module: str, default: Any) -> Any:
-        """The value of the first key that fits ``module``."""
-        began = time.monotonic()
-        try:
-            for pattern, value in self.rules:
-                if pattern.match(module, timeout=max(self.seconds, 1e-3)):
-                    return value
-        except TimeoutError:
-            raise FormatError(f"the keys of {self.field} take too long to match", self.where) from None
-        finally:
-            self.seconds -= time.monotonic() - began
-        return default
-
-
-def _updates(module: str, slots: dict[str, Tensor], scales: Scales, where: Path) -> dict[str, Update]:
+def _updates(
+    place: Place, slots: Mapping[str, Tensor], scales: Scales, config: Mapping[str, Any], where: Path
+) -> dict[str, Update]:
     """The update of one module and, with lora_bias, that of its bias."""
-    pair = _pair(module, slots, where)
-    for slot, tensor in slots.items():
-        if tensor.dtype not in FLOATS:
-            raise FormatError(f"{slot} is stored as {tensor.dtype}", f"{where}: {module}")
-    embedding = "embedding_down" in slots
-    fits = min((t for t in pair), key=lambda t: len(t.shape)).shape
-    if len(fits) < 2:
-        raise FormatError(
-            f"a factor of shape {list(fits)}: a partial save (ZeRO-3, FSDP)",
-            f"{where}: {module}",
-            "save it gathered",
-        )
     try:
-        alpha = scales.alpha_of(module, pair[0].shape[0])
-        low = LowRank(pair[0], pair[1], alpha=alpha, rank_stabilised=scales.rank_stabilised)
-        if embedding:  # PEFT holds A [r,entries], B [dim,r]; the base's orientation is [entries,dim]
-            low = replace(low, down=pair[1].T, up=pair[0].T, layer="embedding")
-        elif scales.transposed and len(pair[0].shape) == 2:
-            low = low.oriented("transposed")
-        update: Update = low
-        if "magnitude" in slots:
-            update = DoRA(low, slots["magnitude"], axis=1 if embedding else 0)
+        if "tokens" in slots:
+            return {place.target: _tokens(place, slots, config, where)}
+        update = _update(place, slots, scales, config, where)
     except FormatError as error:
-        raise FormatError(error.what, error.where or f"{where}: {module}", error.hint) from None
-    found: dict[str, Update] = {module: update}
+        raise FormatError(error.what, error.where or f"{where}: {place.target}", error.hint) from None
+    found: dict[str, Update] = {place.target: update}
     if "bias" in slots:
-        found[f"{module}.bias"] = Dense(slots["bias"], low.scaling, "bias")
+        if place.target != place.rule:
+            raise FormatError("a lora_B.bias of a parameter, which PEFT does not use", f"{where}: {place.target}")
+        found[f"{place.target}.bias"] = Dense(slots["bias"], update.scaling, "bias")
     return found
 
 
-def _pair(module: str, slots: dict[str, Tensor], where: Path) -> tuple[Tensor, Tensor]:
+def _tokens(place: Place, slots: Mapping[str, Tensor], config: Mapping[str, Any], where: Path) -> Tokens:
+    """Rows of an embedding that replace the base's."""
+    if len(slots) > 1:
+        raise FormatError("trainable tokens of a module that has a LoRA as well")
+    if slots["tokens"].dtype not in FLOATS:
+        raise FormatError(f"tokens is stored as {slots['tokens'].dtype}")
+    return Tokens.at(token_indices(place.target, config, where), slots["tokens"])
+
+
+def _update(
+    place: Place, slots: Mapping[str, Tensor], scales: Scales, config: Mapping[str, Any], where: Path
+) -> Update:
+    """The update of one weight. Raises FormatError without a place where the slots do not fit each other."""
+    pair = _pair(place.target, slots, where)
+    for slot, tensor in slots.items():
+        if tensor.dtype not in FLOATS:
+            raise FormatError(f"{slot} is stored as {tensor.dtype}")
+    fits = min((t for t in pair), key=lambda t: len(t.shape)).shape
+    if len(fits) < 2:
+        raise FormatError(f"a factor of shape {list(fits)}: a partial save (ZeRO-3, FSDP)", hint="save it gathered")
+    embedding = "embedding_down" in slots
+    down, up, gain = (*pair, 1.0) if embedding or place.stacked else plain_factors(config, place.rule, *pair)
+    gain *= place.times
+    if place.stacked and (experts := scales.experts_of(place.rule, down.shape[0])) > 1:
+        alpha = scales.alpha_of(place.rule, down.shape[0] // experts)
+        _without("a parameter", slots, "magnitude", "diagonal")
+        return Experts(down, up, experts, alpha, scales.rank_stabilised, expert_order(config))
+    low = LowRank(down, up, alpha=scales.alpha_of(place.rule, down.shape[0]), rank_stabilised=scales.rank_stabilised)
+    if embedding:  # PEFT holds A [r,entries], B [dim,r]; the base's orientation is [entries,dim]
+        low = replace(low, down=pair[1].T, up=pair[0].T, layer="embedding")
+    elif scales.transposed and len(down.shape) == 2 and not place.stacked:
+        low = low.oriented("transposed")
+    low = low if gain == 1.0 else low.scaled(gain)
+    if "diagonal" in slots:
+        _without("a KaSA module", slots, "magnitude")
+        return Truncated(low, slots["diagonal"])
+    if config.get("kasa_config") is not None and not place.stacked:
+        raise FormatError("kasa_config is set but lora_diag is missing", hint="the file is incomplete")
+    return DoRA(low, slots["magnitude"], axis=1 if embedding else 0) if "magnitude" in slots else low
+
+
+def _without(what: str, slots: Mapping[str, Tensor], *others: str) -> None:
+    """Raise FormatError for tensors that PEFT never puts together."""
+    for other in others:
+        if other in slots:
+            raise FormatError(f"{what} with a {other}")
+
+
+def _pair(module: str, slots: Mapping[str, Tensor], where: Path) -> tuple[Tensor, Tensor]:
     """(A, B) of a module, Linear or Embedding."""
     kind = "embedding_" if any(slot.startswith("embedding_") for slot in slots) else ""
     if kind and not slots.keys().isdisjoint(("down", "up")):
@@ -274,25 +393,27 @@ def _pair(module: str, slots: dict[str, Tensor], where: Path) -> tuple[Tensor, T
     return slots[kind + "down"], slots[kind + "up"]
 
 
-def _carried_name(key: str, where: Path) -> str | None:
+def _carried_name(key: str, config: Mapping[str, Any], where: Path) -> str | None:
     """The parameter that a whole tensor stands for; None for copies that are dropped."""
     key = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
     if ".original_module." in key:
         return None
-    key = key.replace(".base_layer.", ".")
+    key = _NESTED.sub("", key.replace(".token_adapter.base_layer.", "."))
     if re.search(r"\.(lora_|token_adapter\.|trainable_tokens_|vera_|hada_|lokr_|oft_|boft_|ia3_)", key):
         raise FormatError("a tensor of a kind that is not supported yet", f"{where}: {key}")
-    if not key.endswith((".weight", ".bias")):
-        raise FormatError("a tensor whose meaning is unknown", f"{where}: {key}")
-    return key
+    bias = config.get("bias") in ("all", "lora_only") and "bias" in key.rpartition(".")[2]
+    if key.endswith((".weight", ".bias")) or bias or saved_whole(key, names(config, "modules_to_save", where)):
+        return key
+    raise FormatError("a tensor whose meaning is unknown", f"{where}: {key}")
 
 
-def _metadata(evidence: Evidence, scales: Scales, updates: Mapping[str, Update]) -> Metadata:
+def _metadata(evidence: Evidence, scales: Scales | None, updates: Mapping[str, Update]) -> Metadata:
+    """``scales`` is None where the scaling does not come from LoRA's configuration."""
     config = evidence.config
-    warnings = list(scales.warnings)
-    if not scales.known:
+    warnings = list(scales.warnings) if scales else []
+    if scales and not scales.known:
         warnings.append("no adapter_config.json: the file does not tell its scaling")
-    if config.get("use_dora") and not all(isinstance(u, DoRA) for n, u in updates.items() if not is_bias(n)):
+    if config.get("use_dora") and any(isinstance(u, (LowRank, Experts)) for u in updates.values()):
         raise FormatError("use_dora is set but magnitudes are missing", evidence.path, "the file is incomplete")
     folder = evidence.path if evidence.path.is_dir() else None
     extras = sorted(p for p in folder.iterdir() if p.name in _TOKENIZER_FILES) if folder else []
@@ -306,63 +427,159 @@ def _metadata(evidence: Evidence, scales: Scales, updates: Mapping[str, Update])
         extras=tuple(extras),
         base_model=base if isinstance(base, str) and base else None,
         warnings=tuple(warnings),
-        scaling_known=scales.known,
+        scaling_known=scales is None or scales.known,
     )
 
 
 # ---------------------------------------------------------------- writing
 
+_BARE = "a bare parameter, which PEFT does not save"
+
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """What PEFT's LoRA cannot say."""
-    found = []
+    """What PEFT cannot say: of an adapter of one of its other tuners nothing, else what its LoRA cannot."""
+    if peft_tuners.row_of(adapter) is not None:
+        bare = (name for name in adapter.carried if not _can_carry(name, adapter, adapter.updates))
+        return [Loss(adapter.spelling(name), _BARE) for name in bare]
     modules = adapter.modules()
-    some_dora = any(isinstance(u, DoRA) for u in modules.values())
-    for name, update in adapter.updates.items():
-        reason = _loss(name, update, some_dora)
+    reasons = {name: _loss(name, update, adapter) for name, update in adapter.updates.items()}
+    kept = {name for name, reason in reasons.items() if reason is None}
+    shared = {module for module, members in _by_parameter(adapter, kept).items() if in_order(members) is None}
+    found = []
+    for name, reason in reasons.items():
         if reason is None and is_bias(name) and name.removesuffix(".bias") not in modules:
             reason = "a bias delta without a LoRA on its module"
+        if reason is None and name.rpartition(".")[0] in shared and isinstance(modules.get(name), Experts):
+            reason = "one of several parameters of a module whose order PEFT's reader must know"
         if reason:
             found.append(Loss(adapter.spelling(name), reason))
-    bare = (name for name in adapter.carried if not name.endswith((".weight", ".bias")))
-    return found + [Loss(adapter.spelling(name), "a bare parameter, which PEFT does not save") for name in bare]
+    bare = (name for name in adapter.carried if not _can_carry(name, adapter, kept))
+    return found + [Loss(adapter.spelling(name), _BARE) for name in bare]
 
 
-def _loss(name: str, update: Update, some_dora: bool) -> str | None:
+def _loss(name: str, update: Update, adapter: Adapter) -> str | None:
+    """Why PEFT's LoRA cannot say one update."""
+    modules = adapter.modules()
+    kinds = {type(other) for other in modules.values()}
+    parameters = Experts in kinds or any(map(_is_in_proj, modules))
     if is_bias(name):
+        if parameters:
+            return "a bias delta beside the LoRA of parameters; PEFT's lora_bias excludes them"
         return None if isinstance(update, Dense) else "a bias update that is not a plain delta"
     if isinstance(update, DoRA):
         by_input = update.axis == 1 and update.layer != "embedding"
         return "a DoRA magnitude for each input; PEFT knows only outputs" if by_input else None
-    if as_low_rank(update) is None:
+    if isinstance(update, Tokens):
+        return None
+    if isinstance(update, Experts) and "." not in name:
+        return "a parameter of the model itself, which PEFT cannot wrap"
+    if isinstance(update, Experts) and name.rpartition(".")[0] in modules:
+        return "a parameter of a module that has an update of its own"
+    if not isinstance(update, (Experts, Truncated)) and as_low_rank(update) is None:
         return f"an update of kind {update.kind} has no plain LoRA form"
-    if some_dora:
+    if DoRA in kinds:
         return "a LoRA beside DoRA modules; PEFT's use_dora holds for all"
+    if Truncated in kinds and not isinstance(update, Truncated):
+        return "a LoRA beside KaSA modules; PEFT's kasa_config holds for all"
     return None
+
+
+def _is_in_proj(name: str) -> bool:
+    """Whether a target is the input projection of a torch MultiheadAttention."""
+    return name.endswith(".in_proj_weight")
+
+
+def _is_parameter(name: str, update: Update, adapter: Adapter) -> bool:
+    """Whether PEFT reaches a target as a parameter of its module: what is stacked, and what its file said so."""
+    told = adapter.metadata.config.get("target_parameters")
+    return isinstance(update, Experts) or (isinstance(told, list) and "." in name and listed(name, map(str, told)))
+
+
+def _by_parameter(adapter: Adapter, kept: Container[str]) -> dict[str, list[str]]:
+    """Modules whose parameters have updates -> the names of these parameters."""
+    found: dict[str, list[str]] = {}
+    for name, update in adapter.modules().items():
+        if name in kept and _is_parameter(name, update, adapter):
+            module, _, parameter = name.rpartition(".")
+            found.setdefault(module, []).append(parameter)
+    return found
+
+
+def _can_carry(name: str, adapter: Adapter, kept: Iterable[str]) -> bool:
+    """Whether a whole tensor can be saved: weights and biases can; others where their module has no LoRA inside."""
+    module, _, leaf = name.rpartition(".")
+    if leaf in ("weight", "bias"):
+        return True
+    return bool(module) and not any(target == module or target.startswith(f"{module}.") for target in kept)
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """One pair as PEFT holds it: the module in its keys, the name that its patterns see, and the rank and alpha."""
+
+    key: str
+    rule: str
+    pair: LowRank | Experts
+    update: Update
+    parameter: bool = False
 
 
 def write(adapter: Adapter, path: Path) -> None:
     """Write a PEFT folder: tensors, configuration, and the tokenizer files that travelled along."""
-    lost = {loss.name for loss in losses(adapter)}
-    modules = {n: u for n, u in adapter.modules().items() if adapter.spelling(n) not in lost}
-    biases = {n: u for n, u in adapter.updates.items() if is_bias(n) and adapter.spelling(n) not in lost}
-    cut = _component(adapter)
-    plain = {name: _layered(name, plain_low_rank(update)) for name, update in modules.items()}
-    if len({low.rank_stabilised for low in plain.values()}) > 1:
-        plain = {n: replace(low, alpha=low.scaling * low.rank, rank_stabilised=False) for n, low in plain.items()}
-    tensors: dict[str, Tensor] = {}
-    for name, update in modules.items():
-        for slot, tensor in stored_slots(plain[name], update, biases, name).items():
-            tensors[PREFIX + LAYOUT.key(name.removeprefix(cut), slot)] = tensor
-    for name, tensor in adapter.carried.items():
-        if adapter.spelling(name) not in lost:
-            tensors[PREFIX + _stored_name(name, modules).removeprefix(cut)] = tensor
-    config = configuration(adapter, {n.removeprefix(cut): low for n, low in plain.items()}, bool(biases))
+    kept = _kept(adapter)
+    row = peft_tuners.row_of(kept)
+    tensors, config = _written(kept) if row is None else _written_tuner(kept, row)
     path.mkdir()
     write_safetensors(path / "adapter_model.safetensors", tensors, {"format": "pt", **adapter.metadata.strings})
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False))
     for extra in adapter.metadata.extras:
         (path / extra.name).write_bytes(extra.read_bytes())
+
+
+def _kept(adapter: Adapter) -> Adapter:
+    """What PEFT can say, by names without the pipeline component: PEFT wraps one model, whose own names have none."""
+    lost = {loss.name for loss in losses(adapter)}
+    cut = _component(adapter)
+    return replace(
+        adapter,
+        updates={n.removeprefix(cut): u for n, u in adapter.updates.items() if adapter.spelling(n) not in lost},
+        carried={n.removeprefix(cut): t for n, t in adapter.carried.items() if adapter.spelling(n) not in lost},
+        spellings={},
+    )
+
+
+def _written_tuner(adapter: Adapter, row: peft_tuners.Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors by key and the configuration of another type than LORA."""
+    tensors, config = peft_tuners.written(adapter, row, "")
+    inside = {module: f"{module}.base_layer" for module in adapter.modules()}
+    return tensors | _carried_keys(adapter, inside), config
+
+
+def _written(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors by key and the configuration of a LoRA."""
+    biases = {n: u for n, u in adapter.updates.items() if is_bias(n)}
+    wrapped = _alike(_wrapped(adapter))
+    inside = _inside(adapter, wrapped)
+    tensors: dict[str, Tensor] = {}
+    for name, one in wrapped.items():
+        for slot, tensor in stored_slots(one.pair, one.update, biases, name).items():
+            tensors[PREFIX + LAYOUT.key(one.key, slot)] = tensor
+    for name, update in adapter.updates.items():
+        if isinstance(update, Tokens):
+            tensors[PREFIX + LAYOUT.key(_held(name, inside), "tokens")] = update.value
+    pairs = {one.rule: one.pair for one in wrapped.values()}
+    parameters = [one.rule for one in wrapped.values() if one.parameter]
+    return tensors | _carried_keys(adapter, inside), configuration(adapter, pairs, bool(biases), parameters)
+
+
+def _carried_keys(adapter: Adapter, inside: Mapping[str, str]) -> dict[str, Tensor]:
+    """The whole tensors by key: below ``base_layer`` where their module is wrapped."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in adapter.carried.items():
+        module, _, leaf = name.rpartition(".")
+        held = inside.get(module) or _held(module, inside)
+        found[PREFIX + (f"{held}.{leaf}" if module else leaf)] = tensor
+    return found
 
 
 def _component(adapter: Adapter) -> str:
@@ -371,9 +588,84 @@ def _component(adapter: Adapter) -> str:
     return f"{heads.pop()}." if len(heads) == 1 and adapter.metadata.format in ("kohya", "diffusers") else ""
 
 
+def _wrapped(adapter: Adapter) -> dict[str, Wrapped]:
+    """Every update with factors as PEFT holds it."""
+    modules = {n: u for n, u in adapter.modules().items() if not isinstance(u, Tokens)}
+    nested = {m: in_order(ps) or sorted(ps) for m, ps in _by_parameter(adapter, modules).items()}
+    nesting = {m: m + len(parameters) * ".base_layer" for m, parameters in nested.items()}
+    found: dict[str, Wrapped] = {}
+    for name, update in modules.items():
+        module, _, parameter = name.rpartition(".")
+        pair = update if isinstance(update, Experts) else _layered(name, plain_low_rank(update))
+        if module in nested and parameter in nested[module]:
+            outside = len(nested[module]) - 1 - nested[module].index(parameter)  # wrappers around this one
+            found[name] = Wrapped(module + outside * ".base_layer", name, pair, update, True)
+        elif _is_in_proj(name):
+            found.update(_attention(module, modules, out_proj_times(adapter.metadata.config)))
+        elif name not in found:
+            found[name] = Wrapped(_held(name, nesting), name, pair, update)
+    return found
+
+
+def _attention(module: str, modules: Mapping[str, Update], times: float) -> dict[str, Wrapped]:
+    """Both projections of a MultiheadAttention, which PEFT gives one rank and one alpha."""
+    inner = plain_low_rank(modules[f"{module}.in_proj_weight"])
+    given = modules.get(f"{module}.out_proj")
+    width = inner.down.shape[1]
+    nothing = LowRank(Tensor.of(np.zeros((1, width), np.float32)), Tensor.of(np.zeros((width, 1), np.float32)))
+    outer = (plain_low_rank(given) if given else nothing).scaled(1 / times)
+    pairs = (inner, outer)
+    if len({(low.rank, low.scaling, low.rank_stabilised) for low in pairs}) > 1:
+        rank = max(low.rank for low in pairs)
+        pairs = (_padded(inner, rank), _padded(outer, rank))
+    keys = {f"{module}.in_proj_weight": module, f"{module}.out_proj": module + _OUT_PROJ}
+    return {name: Wrapped(key, module, low, low) for (name, key), low in zip(keys.items(), pairs, strict=True)}
+
+
+def _padded(low: LowRank, rank: int) -> LowRank:
+    """The same delta at a higher rank, with its scaling folded in and alpha = rank."""
+    up, down = low.factors()
+    more = rank - low.rank
+    return LowRank(
+        Tensor.of(np.pad(down, ((0, more), (0, 0)))), Tensor.of(np.pad(up, ((0, 0), (0, more)))), alpha=float(rank)
+    )
+
+
+def _alike(wrapped: dict[str, Wrapped]) -> dict[str, Wrapped]:
+    """use_rslora holds for a whole file: where it is mixed, the scalings are told by alphas."""
+    if len({one.pair.rank_stabilised for one in wrapped.values()}) < 2:
+        return wrapped
+
+    def plain(pair: LowRank | Experts) -> LowRank | Experts:
+        return replace(pair, alpha=pair.scaling * (pair.rank or 1), rank_stabilised=False)
+
+    return {name: replace(one, pair=plain(one.pair)) for name, one in wrapped.items()}
+
+
+def _inside(adapter: Adapter, wrapped: Mapping[str, Wrapped]) -> dict[str, str]:
+    """Wrapped modules -> where in the file their own parameters are."""
+    found: dict[str, str] = {}
+    for name, one in wrapped.items():
+        module = one.rule if _is_in_proj(name) else name.rpartition(".")[0] if one.parameter else name
+        deepest = f"{one.key}.base_layer"
+        found[module] = max(found.get(module, ""), deepest, key=len)
+    tokens = (name for name, update in adapter.updates.items() if isinstance(update, Tokens))
+    return found | {name: f"{name}.token_adapter.base_layer" for name in tokens}
+
+
+def _held(module: str, inside: Mapping[str, str]) -> str:
+    """A module's path in the file: below ``base_layer`` where a module around it is wrapped."""
+    parts = module.split(".")
+    for n in range(len(parts) - 1, 0, -1):
+        around = ".".join(parts[:n])
+        if around in inside:
+            return ".".join((inside[around], *parts[n:]))
+    return module
+
+
 def plain_low_rank(update: Update) -> LowRank:
-    """The LoRA of an update that has one: its direction where it is a DoRA."""
-    low = as_low_rank(update.direction if isinstance(update, DoRA) else update)
+    """The LoRA of an update that has one: its direction where it is a DoRA or a KaSA."""
+    low = as_low_rank(update.direction if isinstance(update, (DoRA, Truncated)) else update)
     assert low is not None  # losses() said so
     return low
 
@@ -384,20 +676,24 @@ def _layered(name: str, low: LowRank) -> LowRank:
     return low.oriented("embedding") if known else low
 
 
-def stored_slots(low: LowRank, update: Update, biases: Mapping[str, Update], name: str) -> dict[str, Tensor]:
+def stored_slots(pair: LowRank | Experts, update: Update, biases: Mapping[str, Update], name: str) -> dict[str, Tensor]:
     """The stored tensors of one module, by PEFT's slots."""
-    if low.layer == "embedding":
-        slots = {"embedding_down": low.up.T, "embedding_up": low.down.T}
+    if isinstance(pair, Experts):
+        return {"down": pair.down, "up": pair.up}
+    if pair.layer == "embedding":
+        slots = {"embedding_down": pair.up.T, "embedding_up": pair.down.T}
     else:
-        kernel = low.down.shape[2:]
-        slots = {"down": low.down, "up": low.up.reshape(*low.up.shape[:2], *(1 for _ in kernel))}
+        kernel = pair.down.shape[2:]
+        slots = {"down": pair.down, "up": pair.up.reshape(*pair.up.shape[:2], *(1 for _ in kernel))}
     if isinstance(update, DoRA):
         shape: tuple[int, ...] = (update.magnitude.size,)
-        if len(low.down.shape) > 2:  # convolutions keep theirs as [1,o,1,1]
-            shape = (1, *shape, *(1 for _ in low.down.shape[2:]))
+        if len(pair.down.shape) > 2:  # convolutions keep theirs as [1,o,1,1]
+            shape = (1, *shape, *(1 for _ in pair.down.shape[2:]))
         slots["magnitude"] = update.magnitude.reshape(*shape)
+    if isinstance(update, Truncated):
+        slots["diagonal"] = update.diagonal
     if biases:
-        slots["bias"] = _bias(biases.get(f"{name}.bias"), low)
+        slots["bias"] = _bias(biases.get(f"{name}.bias"), pair)
     return slots
 
 
@@ -410,19 +706,22 @@ def _bias(delta: Update | None, low: LowRank) -> Tensor:
     return Tensor.of(delta.value.float() * np.float32(delta.scaling / low.scaling))
 
 
-def _stored_name(name: str, modules: Iterable[str]) -> str:
-    """The key of a carried parameter: below ``base_layer`` where its module is wrapped."""
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.base_layer.{leaf}" if module in modules else name
+def configuration(
+    adapter: Adapter,
+    pairs: Mapping[str, LowRank | Experts],
+    lora_bias: bool,
+    parameters: Collection[str] = (),
+) -> dict[str, Any]:
+    """adapter_config.json for pairs by module (or, if among ``parameters``, by parameter).
 
-
-def configuration(adapter: Adapter, plain: Mapping[str, LowRank], lora_bias: bool) -> dict[str, Any]:
-    """adapter_config.json for these modules; the source's own where it still says the same."""
+    The source's own where it still says the same.
+    """
     source = dict(adapter.metadata.config) if "peft_type" in adapter.metadata.config else {}
-    ranks = {name: low.rank for name, low in plain.items()}
-    alphas = {name: number(low.explicit_alpha) for name, low in plain.items()}
-    rank_stabilised = any(low.rank_stabilised for low in plain.values())
-    kinds = {u.kind for u in adapter.modules().values()}
+    ranks = {rule: pair.rank or 1 for rule, pair in pairs.items()}
+    alphas = {rule: number(pair.explicit_alpha) for rule, pair in pairs.items()}
+    rank_stabilised = any(pair.rank_stabilised for pair in pairs.values())
+    kinds = {type(u) for u in adapter.modules().values()}
+    modules = sorted(set(pairs) - set(parameters))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
@@ -430,20 +729,67 @@ def configuration(adapter: Adapter, plain: Mapping[str, LowRank], lora_bias: boo
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": 0.0,
-        "bias": _bias_kind(adapter, plain),
-        "modules_to_save": _modules_to_save(adapter, plain),
-        "target_modules": sorted(plain),
+        "bias": _bias_kind(adapter, pairs),
+        "modules_to_save": _modules_to_save(adapter, pairs),
+        "target_modules": modules,
         **source,
-        "fan_in_fan_out": any(low.layer == "transposed" for low in plain.values()),
+        **{field: plain for field, plain in REWRITTEN.items() if field in source},
+        **_parameter_fields(source, sorted(parameters)),
+        **_token_fields(adapter, source),
+        **_saved_field(adapter, source, pairs),
+        "fan_in_fan_out": any(isinstance(p, LowRank) and p.layer == "transposed" for p in pairs.values()),
         "use_rslora": rank_stabilised,
-        "use_dora": "dora" in kinds,
+        "use_dora": DoRA in kinds,
         "lora_bias": lora_bias,
     }
-    if not still_says(source, ranks, alphas, rank_stabilised):
+    if Truncated in kinds:
+        config["kasa_config"] = source.get("kasa_config") or {}
+    if any(map(_is_in_proj, adapter.updates)):
+        config.setdefault("peft_version", ".".join(map(str, DOUBLES_OUT_PROJ)))
+    if mutating(source):
+        config["init_lora_weights"] = True
+    if not still_says(source, ranks, alphas, rank_stabilised) or _moved(source, parameters):
         config["r"], config["rank_pattern"] = patterned(ranks, 8)
         config["lora_alpha"], config["alpha_pattern"] = patterned(alphas, 8)
-        config.update(target_modules=sorted(plain), init_lora_weights=True)
+        config.update(target_modules=modules, init_lora_weights=True)
     return config
+
+
+def _saved_field(adapter: Adapter, source: Mapping[str, Any], pairs: Iterable[str]) -> dict[str, Any]:
+    """modules_to_save where the source's own does not have the modules of bare parameters."""
+    told = source.get("modules_to_save") or []
+    bare = [name for name in adapter.carried if not name.endswith((".weight", ".bias"))]
+    if not bare or all(saved_whole(name, told) for name in bare):
+        return {}
+    modules = {name.rpartition(".")[0] for name in bare}
+    return {"modules_to_save": sorted({*(_modules_to_save(adapter, pairs) or []), *told, *modules})}
+
+
+def _parameter_fields(source: Mapping[str, Any], parameters: list[str]) -> dict[str, Any]:
+    """target_parameters, and what PEFT does not allow beside it."""
+    if not parameters:
+        return {}
+    told = source.get("target_parameters") or []
+    same = told and not _moved(source, parameters)
+    return {"target_parameters": told if same else parameters, "lora_dropout": 0.0}
+
+
+def _moved(source: Mapping[str, Any], parameters: Iterable[str]) -> bool:
+    """Whether parameters are not the source's own, or its parameters are modules here (``q_proj.weight``)."""
+    told = source.get("target_parameters") or []
+    return any(entry.endswith("weight") for entry in told) or not all(listed(name, told) for name in parameters)
+
+
+def _token_fields(adapter: Adapter, source: Mapping[str, Any]) -> dict[str, Any]:
+    """trainable_token_indices by module; the source's own list where there is one module."""
+    rows = {name: update.indices for name, update in adapter.updates.items() if isinstance(update, Tokens)}
+    if not rows:
+        return {}
+    told = source.get("trainable_token_indices")
+    same = isinstance(told, list) and list(rows.values()) == [told]
+    if isinstance(told, dict):
+        same = all(rows_of == token_indices(name, source, Path(CONFIG)) for name, rows_of in rows.items())
+    return {"trainable_token_indices": told if same else rows}
 
 
 def still_says(
@@ -478,7 +824,7 @@ def _bias_kind(adapter: Adapter, plain: Iterable[str]) -> str:
     return "none" if not biased else "lora_only" if biased <= set(plain) else "all"
 
 
-def _modules_to_save(adapter: Adapter, plain: Mapping[str, LowRank]) -> list[str] | None:
+def _modules_to_save(adapter: Adapter, plain: Iterable[str]) -> list[str] | None:
     """Modules whose whole weight travels along and that carry no LoRA."""
     names = {name.rpartition(".")[0] for name in adapter.carried if not is_bias(name)}
     return sorted(names - set(plain)) or None
@@ -492,7 +838,7 @@ def number(value: float) -> float:
 FORMAT = Format(
     name="peft",
     title="Hugging Face PEFT folder",
-    kinds=("lora", "dora"),
+    kinds=("lora", "dora", *peft_tuners.WORDS),
     container="folder",
     sniff=sniff,
     read=read,
