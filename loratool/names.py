@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from loratool.adapter import Adapter, parameter
+from loratool.adapter import Adapter, is_bias, parameter
 from loratool.architectures import Slot
 from loratool.architectures.llm import CONV1D_MODELS, CONV1D_NAMES, RENAMED_PREFIXES, experts_transposed
 from loratool.errors import MatchError
@@ -145,7 +145,8 @@ def match(adapter: Adapter, model: Model) -> tuple[list[Match], list[Unmatched]]
     for target, update in adapter.updates.items():
         hit = names.find_target(target)
         if isinstance(hit, Unmatched):
-            unmatched.append(Unmatched(adapter.spelling(target), hit.why))
+            if not (update.homogeneous and is_bias(target)):
+                unmatched.append(Unmatched(adapter.spelling(target), hit.why))
             continue
         name, how = hit
         place = model.places[name]

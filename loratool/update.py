@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -67,6 +67,9 @@ class Prepared:
 
 class Update(ABC):
     """What an adapter does to one weight. ``shape`` is that of the weight, as the base stores it."""
+
+    homogeneous: ClassVar[bool] = False
+    """Whether zeros stay zeros: a bias that the base does not have is then left as it is."""
 
     @property
     def needs_base(self) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from loratool.errors import FormatError
 from loratool.tensors import Array, Tensor
@@ -25,6 +26,7 @@ class IA3(Update):
     vector: Tensor
     on_input: bool = False
     centre: float = 0.0
+    homogeneous: ClassVar[bool] = True
     layer: Layer = "plain"
     weight: tuple[int, ...] | None = None
 

@@ -11,6 +11,7 @@ from loratool.adapter import Adapter, is_bias
 from loratool.architectures import Slot
 from loratool.architectures.llm import Tie, tie_of
 from loratool.errors import FormatError, MatchError, NumericError, UsageError
+from loratool.kinds.tokens import Tokens
 from loratool.model import Location, Model
 from loratool.names import Names, Unmatched, has_number, match, module_of
 from loratool.plan import Part
@@ -63,11 +64,16 @@ def account(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float
     return changes
 
 
+_LAST = frozenset(["up", "value", "magnitude"])
+
+
 def check_values(adapter: Adapter, changes: Changes) -> None:
     """Raise for NaN, infinities and unknown scalings; warn of an adapter that changes nothing."""
     where = adapter.metadata.path
     if not adapter.metadata.scaling_known:
         raise FormatError("the file does not tell its scaling", where, "give --scaling (alpha / rank)")
+    # a fresh LoRA has an up factor of zeros; of a kind without one, any tensor that is not zero counts
+    tells = {n: _LAST if _LAST & u.slots.keys() else u.slots.keys() for n, u in adapter.updates.items()}
     named = ((n, s, t) for n, u in adapter.updates.items() for s, t in u.slots.items())
     carried = ((n, "value", t) for n, t in adapter.carried.items())
     trained = False
@@ -75,7 +81,7 @@ def check_values(adapter: Adapter, changes: Changes) -> None:
         largest = extreme(tensor)
         if not np.isfinite(largest):
             raise NumericError("NaN or infinity in the adapter", f"{where}: {adapter.spelling(name)} ({slot})")
-        trained = trained or (largest > 0 and slot in ("up", "value", "magnitude"))
+        trained = trained or (largest > 0 and slot in tells.get(name, _LAST))
     for name, update in adapter.updates.items():
         if not np.isfinite(update.scaling):
             raise NumericError(f"the scaling is {update.scaling}", f"{where}: {adapter.spelling(name)}")
@@ -212,6 +218,7 @@ def _settle_tie(changes: Changes, tie: Tie, model: Model) -> None:
     head, embedding = f"{tie.head}.weight", f"{tie.embedding}.weight"
     if head not in changes.touched and embedding not in changes.touched:
         return
+    _lend_tokens(changes, head, embedding)
     on_disk = head in model.parameters
     whole = changes.replaced.get(embedding)
     longer = whole is not None and whole.rows != model.shape(embedding)[0]
@@ -233,6 +240,18 @@ def _settle_tie(changes: Changes, tie: Tie, model: Model) -> None:
         changes.added[head] = own or model.parameters[embedding][0].tensor
 
 
+def _lend_tokens(changes: Changes, head: str, embedding: str) -> None:
+    """Trained rows of a tied embedding are the head's as well, unless it has its own: so does PEFT."""
+    rows_of = {
+        name: [part for part in changes.parts.get(name, ()) if isinstance(part.update, Tokens)]
+        for name in (head, embedding)
+    }
+    if rows_of[embedding] and not rows_of[head]:
+        changes.parts.setdefault(head, []).extend(rows_of[embedding])
+        if embedding in changes.replaced:  # the longer vocabulary that they were trained on
+            changes.replaced.setdefault(head, changes.replaced[embedding])
+
+
 def _same_change(changes: Changes, one: str, other: str) -> bool:
     """Whether two tensors get the very same replacement and parts."""
     first, second = changes.replaced.get(one), changes.replaced.get(other)
@@ -244,6 +263,8 @@ def _same_change(changes: Changes, one: str, other: str) -> bool:
 
 def _same_part(one: Part, other: Part) -> bool:
     a, b = one.update, other.update
+    if isinstance(a, Tokens) and isinstance(b, Tokens):
+        return one.strength == other.strength and a.index.same_bytes(b.index) and a.value.same_bytes(b.value)
     if not isinstance(a, LowRank) or not isinstance(b, LowRank) or a.mid or b.mid:
         return False
     if (one.strength, a.scaling, a.shape) != (other.strength, b.scaling, b.shape):
