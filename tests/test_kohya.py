@@ -224,29 +224,12 @@ def test_two_spellings_that_do_not_add_up_are_refused_54(tmp_path: Path) -> None
         one(tmp_path, tensors)
 
 
-UNKNOWN = {
-    "double_blocks_0_img_attn_qkv": "FLUX",
-    "joint_blocks_3_x_block_attn_qkv": "Stable Diffusion 3",
-    "transformer_blocks_0_attn_to_q": "diffusion transformer",
-    "blocks_0_self_attn_q": "Wan",
-    "layers_0_attention_qkv": "Lumina",
-    "input_blocks_1_1_transformer_blocks_3_attn1_to_q": "unknown size",
-    "something_else": "no known model has",
-}
-
-
-@pytest.mark.parametrize(("body", "said"), UNKNOWN.items())
-def test_a_name_that_cannot_be_turned_back_is_refused_by_name(body: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("body", ["input_blocks_1_1_transformer_blocks_3_attn1_to_q", "something_else"])
+def test_a_name_that_cannot_be_turned_back_is_refused(body: str, tmp_path: Path) -> None:
     tensors = diffusion.kohya(some(FC1)) | diffusion.kohya(some(TO_Q), {TO_Q: f"lora_unet_{body}"})
-    with pytest.raises(FormatError, match=said) as error:
+    with pytest.raises(FormatError, match="no known model has") as error:
         one(tmp_path, tensors)
     assert error.value.where.endswith(f"lora_unet_{body}")
-
-
-def test_a_t5_is_refused_by_name_28(tmp_path: Path) -> None:
-    module = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
-    with pytest.raises(FormatError, match="T5"):
-        one(tmp_path, diffusion.kohya(some(TO_Q), {TO_Q: module}))
 
 
 def test_the_modules_of_the_base_turn_names_back(tmp_path: Path) -> None:

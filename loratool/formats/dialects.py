@@ -13,20 +13,29 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, Metadata
-from loratool.architectures import identify, identify_names, unflatten
-from loratool.architectures.base import Shape, flat, split
+from loratool.adapter import Adapter, Loss, Metadata
+from loratool.architectures import Architecture, architecture, identify, identify_names, unflatten
+from loratool.architectures.base import Piece, Shape, flat
+from loratool.architectures.base import split as prefix_split
 from loratool.errors import FormatError, LoratoolError, MatchError, NumericError, some
-from loratool.formats import peft, raw
+from loratool.formats import peft, raw, slots
 from loratool.formats.base import Evidence
-from loratool.keys import Layout, require_pair
-from loratool.tensors import FLOATS, SafetensorsFile, Tensor
-from loratool.update import Dense, DoRA, LowRank, Update, trimmed
+from loratool.formats.modules import Holder, Module, gathered, split
+from loratool.formats.peft_config import Scales as PeftScales
+from loratool.formats.peft_config import mutating
+from loratool.formats.slots import Parts
+from loratool.keys import Layout
+from loratool.tensors import SafetensorsFile, Tensor
+from loratool.update import DoRA, LowRank, Update, trimmed
 
+_ONE_SPELLING = (
+    *("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "weight", "on_input", "rescale", "oft_diag"),
+    *("glora_a1", "glora_a2", "glora_b1", "glora_b2"),
+)
 READ = Layout(
     slots=(),
     aliases=(
@@ -62,15 +71,37 @@ READ = Layout(
         ("diff_b", ".diff_b"),
         ("w_norm", ".w_norm"),
         ("b_norm", ".b_norm"),
+        *((f"hada_{leaf}", f".hada_{leaf}") for leaf in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        *((f"lokr_{leaf}", f".lokr_{leaf}") for leaf in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")),
+        *((f"glora_{leaf}", f".{leaf}.weight") for leaf in ("a1", "a2", "b1", "b2", "bm")),
+        ("weight", ".weight"),  # with on_input: a difference, not a weight
+        ("on_input", ".on_input"),
+        ("oft_blocks", ".oft_blocks"),
+        *((f"oft_blocks.{n}", f".oft_blocks.{n}") for n in range(8)),
+        ("oft_diag", ".oft_diag"),
+        ("rescale", ".rescale"),
+        ("oft_R", ".oft_R.weight"),
+        ("oft_R", ".oft_R"),
+        ("scaled_oft", ".oft_R.scaled_oft"),
+        ("boft_R", ".boft_R"),
+        ("boft_s", ".boft_s"),
+        ("ia3_l", ".ia3_l"),
     ),
+)
+WRITTEN = Layout(
+    slots=(
+        ("down", ".lora_down.weight"),
+        ("up", ".lora_up.weight"),
+        ("mid", ".lora_mid.weight"),
+        *((slot, suffix) for slot, suffix in READ.aliases if suffix.startswith((".hada_", ".lokr_", ".oft_blocks"))),
+        *((slot, suffix) for slot, suffix in READ.aliases if slot in _ONE_SPELLING),
+    )
 )
 WEAK = ("scale", "weight")  # slots whose suffixes other tensors have too: they show no dialect
 TABLE = "lora_adapter_metadata"  # metadata of diffusers: LoRA configurations by component, JSON
 EMBEDDINGS = "bundle_emb."  # textual inversions that travel along
 _EMBEDDING = re.compile(r"^<[^>]+>$")  # a token of cloneofsimo/lora
 _IGNORED = "_aux."  # bookkeeping of slider trainers
-_ANY_DTYPE = ("alpha", "scale")
-_NORM = {"w_norm": "diff", "b_norm": "diff_b"}
 
 _COMPONENT = re.compile(r"^(unet|transformer(_\d)?|text_encoder(_\d)?)\.")
 _RENAMED = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # OneTrainer's names of the components
@@ -88,17 +119,6 @@ _LANGUAGE_MODEL = re.compile(
 _LDM = re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_")
 _LOOSE_END = re.compile(r"^([^.]*[^._])_+(?=\.)")  # lora_unet_proj_out_.alpha
 
-# what names that are not understood speak of
-_OTHERS = (
-    (r"_joint_blocks_\d", "Stable Diffusion 3"),
-    (r"_(double|single)_blocks_\d", "FLUX (or HunyuanVideo)"),
-    (r"^lora_unet_(single_)?transformer_blocks_\d", "a diffusion transformer (SD3, FLUX, Qwen-Image)"),
-    (r"_blocks_\d+_(self_attn|cross_attn|ffn)_", "Wan"),
-    (r"_(layers|context_refiner|noise_refiner)_\d+_(attention|feed_forward)_", "Lumina or Z-Image"),
-    (r"^lora_te\d?_encoder_block_\d|^lora_te[3-9]_", "a T5 (or further) text encoder"),
-    (_LDM.pattern, "a UNet in LDM names of an unknown size"),
-)
-
 Rename = Callable[[str, str], tuple[str, str]]
 """(module, slot) as a file has them -> as the reader knows them."""
 
@@ -115,10 +135,6 @@ class Stored:
     def bias_key(self) -> str:
         """The key that holds its bias delta."""
         return " + ".join(self.keys[slot] for slot in ("bias", "diff_b", "b_norm") if slot in self.keys)
-
-
-Parts = Mapping[str, Update]
-"""The updates of one module: "" of its weight, ".bias" of its bias."""
 
 
 def as_it_is(module: str, slot: str) -> tuple[str, str]:
@@ -189,22 +205,26 @@ class Names:
         self.known = identify(shapes)
         if self.known is None and any(map(_LDM.match, shapes)):
             self.known = identify_names(shapes)  # these names are looked up in a table or not at all
-        table = self.known.from_kohya if self.known else unflatten
-        self._lookups = (table, _Base(evidence.modules).find, unflatten)
+        self._lookups = (_Base(evidence.modules).find, unflatten)
         self._where = evidence.path
 
-    def find(self, name: str, spelled: str) -> str:
-        """The reference of a name; ``spelled`` is for messages. Raises FormatError where nothing knows it."""
+    def pieces(self, name: str, shape: Shape, spelled: str) -> tuple[Piece, ...]:
+        """The reference modules that a stored one is; ``spelled`` is for messages.
+
+        Raises FormatError where nothing knows the name.
+        """
+        if self.known and (pieces := self.known.pieces(name, shape)):
+            return pieces
+        return (Piece(self._find(name, spelled), ((0, shape[0] if shape else 1),)),)
+
+    def _find(self, name: str, spelled: str) -> str:
         for lookup in self._lookups:
             if found := lookup(name):
                 return found
         if has_component(name):
             return name
-        for pattern, title in _OTHERS:
-            if re.search(pattern, name):
-                raise FormatError(f"names of {title}, which is not supported yet", f"{self._where}: {spelled}")
         raise FormatError(
-            "a flattened name that no known model has" if "." not in name else "a tensor whose meaning is unknown",
+            "a flattened name that no known model has" if "." not in name else "a module whose meaning is unknown",
             f"{self._where}: {spelled}",
             "--base names the modules it may mean",
         )
@@ -230,7 +250,7 @@ class _Base:
 
 def _flattened(name: str) -> tuple[str, str] | None:
     """Component and flattened body; a transformer goes by the name of a UNet, as in kohya's prefixes."""
-    return split(f"unet.{name.removeprefix('transformer.')}" if name.startswith("transformer.") else name)
+    return prefix_split(f"unet.{name.removeprefix('transformer.')}" if name.startswith("transformer.") else name)
 
 
 # ---------------------------------------------------------------- reading
@@ -244,8 +264,7 @@ def read(evidence: Evidence, format: str, rename: Rename = as_it_is, file: Safet
     scales = Scales(file.metadata, evidence)
     built = {spelled: build(spelled, stored, scales) for spelled, stored in modules.items()}
     names = Names({modules[spelled].name: shape for spelled, shape in shapes(built).items()}, evidence)
-    references = {spelled: names.find(stored.name, spelled) for spelled, stored in modules.items()}
-    updates, spellings = collect(built, references, modules, file.path)
+    updates, spellings = collect(built, modules, names, file.path)
     if names.known:
         updates = {name: _unfolded(u, names.known.shapes().get(name, ())) for name, u in updates.items()}
     doubts = _doubts(file.metadata, updates)
@@ -301,16 +320,12 @@ def _mended(key: str, keys: Mapping[str, Tensor]) -> str:
 
 
 def build(spelled: str, stored: Stored, scales: Scales) -> Parts:
-    """The updates of one module: of its weight, and ``.bias``. Raises FormatError for slots that do not fit."""
-    if is_empty(stored.slots):
+    """The updates of one module. Raises FormatError for slots that do not fit."""
+    if slots.is_empty(stored.slots):
         return {}
     where = f"{scales.where}: {spelled}"
-    slots = {_NORM.get(slot, slot): tensor for slot, tensor in stored.slots.items()}
-    if len(slots) < len(stored.slots):
-        raise FormatError("a delta both of a layer and of a norm", where)
-    norm = "norm" if "w_norm" in stored.slots or "b_norm" in stored.slots else None
     try:
-        found = _built(slots, norm, stored.name, scales)
+        found = slots.build(spelled, stored.slots, partial(scales.alpha_of, stored.name), scales.arguments)
     except FormatError as error:
         raise FormatError(error.what, where, error.hint) from None
     for update in found.values():
@@ -319,68 +334,22 @@ def build(spelled: str, stored: Stored, scales: Scales) -> Parts:
     return found
 
 
-def _built(slots: dict[str, Tensor], norm: str | None, name: str, scales: Scales) -> Parts:
-    """The updates of one module's slots, each of which must be used."""
-    for slot, tensor in slots.items():
-        if slot not in _ANY_DTYPE and tensor.dtype not in FLOATS:
-            raise FormatError(f"{slot} is stored as {tensor.dtype}")
-    rest = dict(slots)
-    found: dict[str, list[Update]] = {}
-    if "diff" in rest:
-        found.setdefault("", []).append(Dense(rest.pop("diff"), 1.0, norm or "full"))
-    if "diff_b" in rest:
-        found.setdefault(".bias", []).append(Dense(rest.pop("diff_b"), 1.0, norm or "bias"))
-    if rest:
-        low = _low_rank(rest, name, scales)
-        bias = rest.pop("bias", None)
-        if bias is not None:
-            found.setdefault(".bias", []).append(Dense(bias, low.scaling, "bias"))
-        found.setdefault("", []).append(_with_magnitude(low, rest))
-    if rest:
-        raise FormatError(f"{' and '.join(sorted(rest))} of a module that cannot have such")
-    return {leaf: reduce(raw.join, updates) for leaf, updates in found.items()}
-
-
-def _low_rank(slots: dict[str, Tensor], name: str, scales: Scales) -> LowRank:
-    """The LoRA of one module, whose slots it takes."""
-    require_pair(name, slots, scales.where)
-    down, up, mid = slots.pop("down"), slots.pop("up"), slots.pop("mid", None)
-    alpha, stabilised = scales.alpha_of(name, slots, down.shape[0] if down.shape else 0)
-    return LowRank(down, up, mid, alpha, stabilised)
-
-
-def _with_magnitude(direction: LowRank, slots: dict[str, Tensor]) -> Update:
-    """The DoRA of a direction, where there is a magnitude."""
-    if {"magnitude", "dora_scale"} <= slots.keys():
-        raise FormatError("both lora_magnitude_vector and dora_scale")
-    if "magnitude" in slots:  # PEFT's are of outputs, whatever their shape
-        return DoRA(direction, slots.pop("magnitude"), 0)
-    if "dora_scale" in slots:
-        scale = slots.pop("dora_scale")
-        return DoRA(direction, scale, raw.magnitude_axis(scale))
-    return direction
-
-
-def is_empty(slots: Mapping[str, Tensor]) -> bool:
-    """Whether a module has rank 0: it changes nothing (some tools that reduce ranks leave such)."""
-    return {"down", "up"} <= set(slots) and slots["down"].shape[:1] == (0,) and slots["up"].shape[1:2] == (0,)
-
-
 class Scales:
     """What a file says of the scaling of its modules: alphas of their own, or a LoRA configuration by component."""
 
     def __init__(self, strings: Mapping[str, str], evidence: Evidence) -> None:
         self.where, self.override = evidence.path, evidence.scaling
+        self.arguments = _arguments(strings)
         self.tables = read_tables(strings, evidence.path)
         self._of = {component: Table(table, evidence) for component, table in self.tables.items()}
 
-    def alpha_of(self, module: str, slots: dict[str, Tensor], rank: int) -> tuple[float | None, bool]:
+    def alpha_of(self, module: str, given: dict[str, Tensor], rank: int) -> tuple[float | None, bool]:
         """(alpha, rank-stabilised) of a module; a tensor of its own wins. Raises FormatError when ranks disagree."""
-        if "scale" in slots:  # A1111: instead of alpha / rank
-            slots.pop("alpha", None)
-            return slots.pop("scale").item() * rank, False
-        if "alpha" in slots:
-            return slots.pop("alpha").item(), False
+        if "scale" in given:  # A1111: instead of alpha / rank
+            given.pop("alpha", None)
+            return given.pop("scale").item() * rank, False
+        if "alpha" in given:
+            return given.pop("alpha").item(), False
         table = self._of.get(component_of(module))
         if table is not None:
             return table.alpha_of(module, rank)
@@ -402,7 +371,9 @@ class Table:
 
     def __init__(self, table: Mapping[str, Any], evidence: Evidence) -> None:
         peft.refuse(table, evidence.path)
-        self._scales = peft.Scales(table, evidence)
+        if (init := mutating(table)) is not None:
+            raise FormatError(f"init_lora_weights {init!r} changed the base, so this is no delta of it", evidence.path)
+        self._scales = PeftScales(table, evidence)
         self._named = namer(table)
 
     @property
@@ -452,26 +423,38 @@ def shapes(built: Mapping[str, Parts]) -> dict[str, Shape]:
 
 
 def collect(
-    built: Mapping[str, Parts], references: Mapping[str, str], modules: Mapping[str, Stored], where: Path
+    built: Mapping[str, Parts], modules: Mapping[str, Stored], names: Names, where: Path
 ) -> tuple[dict[str, Update], dict[str, str]]:
     """Updates by target, and the spellings of targets, from those by the source's modules.
 
-    Modules that ``references`` gives one target are summed. Raises FormatError where updates do not add up.
+    Fused modules are split; modules that mean one target are summed. Raises FormatError where updates cannot be split
+    or do not add up.
     """
     updates: dict[str, Update] = {}
     spellings: dict[str, str] = {}
     for source, found in built.items():
+        weight = found.get("") or next(iter(found.values()), None)
+        pieces = names.pieces(modules[source].name, weight.shape, source) if weight else ()
         for leaf, update in found.items():
-            target = references[source] + leaf
             spelling = modules[source].bias_key if leaf else source
-            if target in updates:
-                try:
-                    update = raw.join(updates[target], update)
-                except LoratoolError as error:
-                    raise FormatError(error.what, f"{where}: {spellings[target]} and {spelling}") from None
-                spelling = f"{spellings[target]} + {spelling}"
-            updates[target], spellings[target] = update, spelling
+            try:
+                for reference, part in split(update, pieces).items():
+                    _put(updates, spellings, reference + leaf, part, spelling)
+            except LoratoolError as error:
+                raise FormatError(error.what, f"{where}: {error.where or spelling}", error.hint) from None
     return updates, spellings
+
+
+def _put(updates: dict[str, Update], spellings: dict[str, str], target: str, update: Update, spelling: str) -> None:
+    """Add an update of a target. Raises LoratoolError where it has another that this does not add up with."""
+    if target not in updates:
+        updates[target], spellings[target] = update, spelling
+        return
+    both = f"{spellings[target]} and {spelling}"
+    try:
+        updates[target], spellings[target] = raw.join(updates[target], update), f"{spellings[target]} + {spelling}"
+    except LoratoolError as error:
+        raise FormatError(error.what, both, error.hint) from None
 
 
 def _unfolded(update: Update, weight: Shape) -> Update:
@@ -498,19 +481,71 @@ def _base_model(strings: Mapping[str, str]) -> str | None:
 
 def _doubts(strings: Mapping[str, str], updates: Mapping[str, Update]) -> list[str]:
     """What the training arguments make doubtful."""
-    try:
-        told = json.loads(strings.get("ss_network_args", "{}"))
-    except (ValueError, RecursionError):
-        told = {}
-    arguments = told if isinstance(told, dict) else {}
+    arguments = _arguments(strings)
     found = []
-    if _is_true(arguments.get("split_qkv")):
+    if slots.is_true(arguments.get("split_qkv")):
         found.append("trained with split_qkv: the stored alpha is that of each part, so its fused modules act too weak")
-    if _is_true(arguments.get("dora_wd")) and not any(isinstance(u, DoRA) for u in updates.values()):
+    if slots.is_true(arguments.get("dora_wd")) and not any(isinstance(u, DoRA) for u in updates.values()):
         found.append("trained as DoRA (dora_wd), but there is no dora_scale: it is read as plain LoRA")
     return found
 
 
-def _is_true(value: Any) -> bool:
-    """Whether a value that trainers store as text is true: "False" and "None" are not."""
-    return str(value).strip().lower() in ("true", "1", "yes", "on")
+def _arguments(strings: Mapping[str, str]) -> Mapping[str, Any]:
+    """The arguments of kohya's or LyCORIS' training, as far as they can be read."""
+    try:
+        told = json.loads(strings.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError):
+        told = {}
+    return told if isinstance(told, dict) else {}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def referenced(adapter: Adapter) -> tuple[Adapter, Architecture | None]:
+    """The adapter with the names of its architecture's reference, and that; fused modules are split."""
+    known = architecture(adapter.metadata.architecture or "") or identify(shapes_of(adapter))
+    strangers = [name for name in adapter.modules() if located(name) is None]
+    if known is None or not strangers:
+        return adapter, known
+    updates, spellings = dict(adapter.updates), dict(adapter.spellings)
+    for name in strangers:
+        pieces = known.pieces(name, updates[name].shape)
+        for leaf in ("", ".bias"):
+            if pieces and name + leaf in updates:
+                spelling = adapter.spelling(name + leaf)
+                for reference, part in split(updates.pop(name + leaf), pieces).items():
+                    _put(updates, spellings, reference + leaf, part, spelling)
+    return replace(adapter, updates=updates, spellings=spellings), known
+
+
+def shapes_of(adapter: Adapter) -> dict[str, Shape]:
+    """The shapes of an adapter's updates by reference name, where nothing else tells by their own."""
+    return {located(name) or name: update.shape for name, update in adapter.modules().items()}
+
+
+def say(
+    adapter: Adapter, holder: Holder, spelled: Callable[[Module], str] = lambda module: module.name
+) -> tuple[dict[str, Tensor], list[Loss]]:
+    """The tensors of a file in LyCORIS' slots, and what they cannot say."""
+    tensors = {name: tensor for name, tensor in adapter.carried.items() if name.startswith(EMBEDDINGS)}
+    lost = [Loss(adapter.spelling(name), "a whole tensor; only adapters are loaded") for name in adapter.carried]
+    lost = [loss for loss, name in zip(lost, adapter.carried, strict=True) if name not in tensors]
+    modules, unnamed = gathered(adapter, located, holder)
+    for module in modules:
+        said = _said(module)
+        found = {} if isinstance(said, str) else {WRITTEN.key(spelled(module), slot): t for slot, t in said.items()}
+        if found.keys() & tensors.keys():
+            said = "another module has this very name"
+        if isinstance(said, str):
+            lost += [Loss(adapter.spelling(target), said) for target in module.targets]
+        else:
+            tensors.update(found)
+    return tensors, lost + unnamed
+
+
+def _said(module: Module) -> dict[str, Tensor] | str:
+    """The tensors of a module by slot, or why it cannot be said."""
+    if isinstance(module.update, str):
+        return module.update
+    return slots.said_of_bias(module.update, module.norm) if module.bias else slots.said(module.update)

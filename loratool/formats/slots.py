@@ -1,0 +1,339 @@
+"""The tensors of one module of an image model <-> its updates, in the words of kohya, LyCORIS, PEFT and ComfyUI.
+
+Slots are what suffixes mean (`loratool.formats.dialects.READ`). Reading takes every slot or refuses; writing says an
+update in LyCORIS' slots, which kohya's, LyCORIS' and ComfyUI's files share, or says why it cannot.
+Sources: kohya-ss/sd-scripts, LyCORIS 4 (`weight_list` of its modules, `extract_locon`), PEFT 0.21, OneTrainer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, replace
+from functools import reduce
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from loratool.errors import FormatError
+from loratool.formats import raw
+from loratool.keys import require_pair
+from loratool.kinds.glora import GLoRA
+from loratool.kinds.hadamard import LoHa
+from loratool.kinds.kronecker import LoKr
+from loratool.kinds.rescale import IA3
+from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, SegmentOFT
+from loratool.tensors import FLOATS, Tensor
+from loratool.update import Additive, Dense, DoRA, LowRank, Update, as_low_rank
+
+Parts = Mapping[str, Update]
+"""The updates of one module: "" of its weight, ".bias" of its bias."""
+Alpha = Callable[[dict[str, Tensor], int], tuple[float | None, bool]]
+"""What takes alpha out of a module's slots, or finds it elsewhere, for a rank: (alpha, rank-stabilised)."""
+
+_NORM = {"w_norm": "diff", "b_norm": "diff_b"}
+_NO_FLOATS = ("alpha", "scale", "on_input", "scaled_oft")  # slots that may be of any dtype
+
+
+# ---------------------------------------------------------------- reading
+
+
+def build(name: str, slots: Mapping[str, Tensor], alpha: Alpha, arguments: Mapping[str, Any]) -> Parts:
+    """The updates of one module. ``arguments`` are those of the training, as far as they are told.
+
+    Raises FormatError for slots that do not fit each other, and for what is left of them.
+    """
+    rest = {_NORM.get(slot, slot): tensor for slot, tensor in slots.items()}
+    if len(rest) < len(slots):
+        raise FormatError("a delta both of a layer and of a norm")
+    for slot, tensor in rest.items():
+        if slot not in _NO_FLOATS and tensor.dtype not in FLOATS:
+            raise FormatError(f"{slot} is stored as {tensor.dtype}")
+    norm = "norm" if slots.keys() & _NORM.keys() else None
+    found: dict[str, list[Update]] = {"": [], ".bias": []}
+    for leaf, slot, kind in (("", "diff", norm or "full"), (".bias", "diff_b", norm or "bias")):
+        if slot in rest:
+            found[leaf].append(Dense(rest.pop(slot), 1.0, kind))
+    bias = rest.pop("bias", None)
+    made = [row.make(name, rest, alpha, arguments) for row in _KINDS if any(map(row.shown_by, tuple(rest)))]
+    if made:
+        found[""].append(_decomposed(reduce(raw.join, made), rest))
+    if bias is not None:
+        found[".bias"].append(Dense(bias, made[0].scaling if made else 1.0, "bias"))
+    if rest:
+        raise FormatError(f"{' and '.join(sorted(rest))} but no factors that belong to it")
+    return {leaf: reduce(raw.join, updates) for leaf, updates in found.items() if updates}
+
+
+def _decomposed(direction: Update, slots: dict[str, Tensor]) -> Update:
+    """The DoRA of a direction, where there is a magnitude."""
+    if {"magnitude", "dora_scale"} <= slots.keys():
+        raise FormatError("both lora_magnitude_vector and dora_scale")
+    if slots.keys().isdisjoint(("magnitude", "dora_scale")):
+        return direction
+    if not isinstance(direction, Additive):
+        raise FormatError(f"a magnitude beside an update of kind {direction.kind}")
+    if "magnitude" in slots:  # PEFT's are of outputs, whatever their shape
+        return DoRA(direction, slots.pop("magnitude"), 0)
+    scale = slots.pop("dora_scale")
+    return DoRA(direction, scale, raw.magnitude_axis(scale))
+
+
+Slots = dict[str, Tensor]
+Arguments = Mapping[str, Any]
+
+
+class Kind(NamedTuple):
+    """A kind of update: the slots that show it, and what takes its own out of a module's slots."""
+
+    slots: tuple[str, ...]
+    make: Callable[[str, Slots, Alpha, Arguments], Update]
+
+    def shown_by(self, slot: str) -> bool:
+        """Whether a slot shows this kind."""
+        return slot.startswith(self.slots)
+
+
+def _lora(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    require_pair(name, slots, "")
+    down, up, mid = slots.pop("down"), slots.pop("up"), slots.pop("mid", None)
+    value, stabilised = alpha(slots, down.shape[0] if down.shape else 0)
+    return LowRank(down, up, mid, value, stabilised)
+
+
+def _loha(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    return _with_alpha(LoHa(**_taken(slots, "hada_", LoHa)), slots, alpha)
+
+
+def _lokr(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    return _with_alpha(LoKr(**_taken(slots, "lokr_", LoKr)), slots, alpha)
+
+
+def _glora(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    update = _with_alpha(GLoRA(**_taken(slots, "glora_", GLoRA)), slots, alpha)
+    return replace(update, rank_stabilised=is_true(arguments.get("rs_lora")))  # its stored alpha is raw
+
+
+def _ia3(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    slots.pop("alpha", None)  # it has no scaling
+    if "ia3_l" in slots:
+        vector = slots.pop("ia3_l")
+        return IA3(vector, vector.shape[:1] == (1,) and vector.size > 1, 1.0)
+    if "weight" not in slots:
+        raise FormatError("on_input without the vector of an (IA)3")
+    return IA3(slots.pop("weight"), bool(slots.pop("on_input").item()))
+
+
+def _oft(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    limit, _ = alpha(slots, 1)
+    if "oft_diag" in slots:
+        return OFT(slots.pop("oft_diag"), slots.pop("rescale", None), None, direct=True)
+    segments = sorted((slot for slot in slots if slot.startswith("oft_blocks.")), key=lambda s: int(s[11:]))
+    if segments:
+        if segments != [f"oft_blocks.{n}" for n in range(len(segments))] or "oft_blocks" in slots:
+            raise FormatError(f"the segments of an OFT are {', '.join(segments)}")
+        return SegmentOFT(tuple(slots.pop(slot) for slot in segments), limit)
+    blocks, rescale = slots.pop("oft_blocks"), slots.pop("rescale", None)
+    if len(blocks.shape) == 4:
+        return BOFT(blocks, rescale, limit)
+    return OFT(blocks, rescale, limit)
+
+
+def _peft_oft(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    slots.pop("alpha", None)  # it has no scaling
+    blocks, scaled = slots.pop("oft_R", None), slots.pop("scaled_oft", None)
+    if blocks is None:
+        raise FormatError("scaled_oft without oft_R")
+    update = PeftOFT(blocks)
+    if scaled is None:
+        return update
+    # OneTrainer: by the root of all values, later by twice that of the other rows
+    by = math.sqrt(blocks.shape[1]) if scaled.dtype.startswith("I") else 2 * math.sqrt(update.span - 1)
+    return replace(update, oft_R=Tensor.of(blocks.float() / np.float32(by)))
+
+
+def _peft_boft(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    if {"boft_R", "boft_s"} - slots.keys():
+        raise FormatError("half of a BOFT: boft_R and boft_s belong together")
+    return PeftBOFT(slots.pop("boft_R"), slots.pop("boft_s"))
+
+
+_KINDS = (
+    Kind(("down", "up", "mid"), _lora),
+    Kind(("hada_",), _loha),
+    Kind(("lokr_",), _lokr),
+    Kind(("glora_",), _glora),
+    Kind(("on_input", "ia3_l"), _ia3),
+    Kind(("oft_blocks", "oft_diag"), _oft),
+    Kind(("oft_R", "scaled_oft"), _peft_oft),
+    Kind(("boft_",), _peft_boft),
+)
+
+
+def _taken(slots: Slots, prefix: str, kind: type[Update]) -> dict[str, Any]:
+    """The slots of a kind, by the names of its fields. Raises FormatError where some are missing."""
+    known = {field.name: field.default is MISSING for field in fields(kind)}  # type: ignore[arg-type]
+    own = [slot for slot in slots if slot.startswith(prefix) and slot.removeprefix(prefix) in known]
+    found = {slot.removeprefix(prefix): slots.pop(slot) for slot in own}
+    missing = [field for field, needed in known.items() if needed and field not in found]
+    if missing:
+        raise FormatError(f"{', '.join(sorted(found))} but no {' and '.join(missing)}", hint="the file is incomplete")
+    return found
+
+
+Scaled = TypeVar("Scaled", LoHa, LoKr, GLoRA)
+
+
+def _with_alpha(update: Scaled, slots: Slots, alpha: Alpha) -> Scaled:
+    """An update with the alpha of its module."""
+    return replace(update, alpha=alpha(slots, update.rank or 0)[0])
+
+
+def is_true(value: Any) -> bool:
+    """Whether a value that trainers store as text is true: "False" and "None" are not."""
+    return str(value).strip().lower() in ("true", "1", "yes", "on")
+
+
+def is_empty(slots: Mapping[str, Tensor]) -> bool:
+    """Whether a module has rank 0: it changes nothing (some tools that reduce ranks leave such)."""
+    return {"down", "up"} <= set(slots) and slots["down"].shape[:1] == (0,) and slots["up"].shape[1:2] == (0,)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def said(update: Update) -> Slots | str:
+    """The tensors of the update of a weight in LyCORIS' slots, or why it cannot be said in them."""
+    if isinstance(update, DoRA):
+        direction = said(update.direction)
+        if isinstance(direction, str) or "diff" in direction:
+            return direction if isinstance(direction, str) else "a DoRA of a direction without factors"
+        return {**direction, "dora_scale": _magnitude(update)}
+    say: Callable[[Any], Slots | str] = next((say for kind, say in _SAYS if isinstance(update, kind)), _say_other)
+    return say(update)
+
+
+def said_of_bias(update: Update, norm: bool) -> Slots | str:
+    """The tensors of the update of a bias, or why it cannot be said."""
+    return {"b_norm" if norm else "diff_b": whole(update)} if isinstance(update, Additive) else _REFUSED
+
+
+_REFUSED = "an update of a kind that these slots do not have"
+
+
+def _say_low_rank(low: LowRank) -> Slots | str:
+    """Factors with as many axes as the layer has: [r,i,*k] and [o,r,*1]; beside a core [r,i,*1]."""
+    if low.layer == "transposed":
+        return "a LoRA of a layer that stores its weight transposed"
+    ones = [1] * (len((low.mid or low.down).shape) - 2)
+    slots = {**low.slots, "up": low.up.reshape(*low.up.shape[:2], *ones)}
+    if low.mid is not None:
+        slots["down"] = low.down.reshape(*low.down.shape[:2], *ones)
+    told = low.scaling * low.rank if low.alpha is None or low.rank_stabilised else low.alpha
+    return _beside_alpha(slots, told, low.scaling == 0)
+
+
+def _say_loha(update: LoHa) -> Slots | str:
+    return _beside_alpha(_prefixed("hada_", update), update.explicit_alpha, update.scaling == 0)
+
+
+def _say_lokr(update: LoKr) -> Slots | str:
+    update = update.folded()
+    if update.explicit_alpha is None:  # two whole halves: it says nothing, but readers expect one
+        return _beside_alpha(_prefixed("lokr_", update), update.alpha or 1.0, False)
+    return _beside_alpha(_prefixed("lokr_", update), update.explicit_alpha, update.scaling == 0)
+
+
+def _say_glora(update: GLoRA) -> Slots | str:
+    return _beside_alpha(_prefixed("glora_", update), update.scaling * update.rank, update.scaling == 0)
+
+
+def _say_ia3(update: IA3) -> Slots | str:
+    if update.layer != "plain":
+        return "an (IA)3 of a layer that stores its weight transposed"
+    axes = len(update.weight or update.vector.shape)
+    shape = (update.vector.size,) if axes < 3 else (1, update.vector.size, *[1] * (axes - 2))
+    vector = update.vector.reshape(*shape)
+    if update.centre:
+        vector = Tensor.of(vector.float() - np.float32(update.centre))
+    return {"weight": vector, "on_input": Tensor.of(np.int64(update.on_input))}
+
+
+def _say_oft(update: OFT | BOFT) -> Slots | str:
+    if update.layer != "plain":
+        return "an OFT of a layer that stores its weight transposed"
+    direct = isinstance(update, OFT) and update.direct
+    slots = {"oft_diag" if direct else "oft_blocks": update.oft_blocks}
+    if update.rescale is not None:
+        slots["rescale"] = update.rescale.reshape(*update.rescale.shape, *[1] * (2 - len(update.rescale.shape)))
+    return _beside_alpha(slots, update.alpha or 0.0, True)
+
+
+def _say_segments(update: SegmentOFT) -> Slots | str:
+    return _beside_alpha(dict(update.slots), update.alpha or 0.0, True)
+
+
+def _say_dense(update: Dense) -> Slots | str:
+    return {"w_norm" if update.kind == "norm" else "diff": whole(update)}
+
+
+def _say_other(update: Update) -> Slots | str:
+    """Other additive kinds: as the LoRA that they are, or their delta whole."""
+    low = plain_low_rank(update)
+    if low is not None:
+        return _say_low_rank(low)
+    return {"diff": whole(update)} if isinstance(update, Additive) else _REFUSED
+
+
+_SAYS: tuple[tuple[type[Update], Callable[[Any], Slots | str]], ...] = (
+    (LowRank, _say_low_rank),
+    (LoHa, _say_loha),
+    (LoKr, _say_lokr),
+    (GLoRA, _say_glora),
+    (IA3, _say_ia3),
+    (OFT, _say_oft),
+    (BOFT, _say_oft),
+    (SegmentOFT, _say_segments),
+    (Dense, _say_dense),
+)
+
+
+def _prefixed(prefix: str, update: Update) -> Slots:
+    return {prefix + slot: tensor for slot, tensor in update.slots.items()}
+
+
+def _beside_alpha(slots: Slots, alpha: float, zero: bool) -> Slots | str:
+    """Slots with a float32 alpha; why not, where that cannot hold it. ``zero``: whether it may be 0."""
+    value = np.float32(alpha)
+    if not np.isfinite(value) or (value == 0 and not zero):
+        return f"its alpha, {alpha}, is beyond float32"
+    return {**slots, "alpha": Tensor.of(value)}
+
+
+def _magnitude(update: DoRA) -> Tensor:
+    """[o,*1] of outputs, [1,i,*1] of inputs, with as many axes as the weight has."""
+    count, ones = update.magnitude.size, [1] * (len(update.shape) - 1)
+    return update.magnitude.reshape(*((count, *ones) if update.axis == 0 else (1, count, *ones[1:])))
+
+
+def whole(update: Additive) -> Tensor:
+    """A delta as one tensor, its scaling folded in: as stored where there is none, else float32."""
+    if isinstance(update, Dense) and update.scaling == 1.0:
+        return update.value
+    return Tensor("F32", update.shape, lambda start, stop: update.delta(start, stop).astype(np.float32))
+
+
+def plain_low_rank(update: Update) -> LowRank | None:
+    """The same delta as one LoRA without a Tucker core, exactly; None where there is no such form.
+
+    Where the ranks of a LoHa or of a LoKr with a factorised half multiply to the full rank, one factor is 1.
+    """
+    low = as_low_rank(update)
+    if low is not None or not isinstance(update, LoHa | LoKr) or update.rank is None:
+        return low
+    height, width = update.shape[0], math.prod(update.shape[1:])
+    one = np.eye(min(height, width), dtype=np.float32)
+    delta = whole(update)
+    if height <= width:
+        return LowRank(delta, Tensor.of(one))
+    return LowRank(Tensor.of(one).reshape(width, *update.shape[1:]), delta.reshape(height, width))
