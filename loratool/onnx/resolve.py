@@ -15,7 +15,7 @@ import numpy as np
 
 from loratool.adapter import Adapter, is_bias
 from loratool.architectures import Slot
-from loratool.architectures.llm import CONV1D_NAMES
+from loratool.architectures.llm import CONV1D_NAMES, EMBEDDING_LEAVES
 from loratool.errors import MatchError
 from loratool.model import Model
 from loratool.names import Names, Unmatched
@@ -99,7 +99,7 @@ def resolve(graph: Graph, adapter: Adapter, base_weights: Model | None = None) -
     if base_weights is not None:
         from loratool.onnx.values import confirm
 
-        confirm(sites, base_weights)
+        confirm(sites, base_weights, index.present)
     return sites, unmatched
 
 
@@ -128,12 +128,15 @@ class _Index:
         from loratool.onnx.values import identify
 
         unsure = [c.operand for claims in self.claims.values() for c in claims if c.source not in ("scopes", "path")]
-        for operand, parts in identify([*self.nameless, *unsure], base):
+        told = list(identify([*self.nameless, *unsure], base))
+        sure = {id(operand) for operand, _ in told}
+        for module, claims in list(self.claims.items()):
+            self.claims[module] = [c for c in claims if id(c.operand) not in sure]
+        for operand, parts in told:
             for module, rows_ in parts:
-                claim = _Claim(operand, "values", rows_)
-                kept = [c for c in self.claims.get(module, []) if c.operand is not operand]
-                self.claims[module] = [*kept, claim]
-            self.nameless = [other for other in self.nameless if other is not operand]
+                self.claims.setdefault(module, []).append(_Claim(operand, "values", rows_))
+        self.claims = {module: claims for module, claims in self.claims.items() if claims}
+        self.nameless = [operand for operand in self.nameless if id(operand) not in sure]
 
     def _fused(self) -> None:
         """The parts of projections that the graph has fused."""
@@ -143,6 +146,10 @@ class _Index:
                 name = f"{parent}.{part}" if parent else part
                 if name not in self.claims:
                     self.claims[name] = [_Part(c.operand, c.source, None, n, len(FUSED[leaf])) for c in claims]
+
+    def present(self, name: str) -> bool:
+        """Whether the graph has a weight of that name, give or take leading segments."""
+        return not isinstance(self.names.find(name), Unmatched)
 
     def find(self, target: str) -> tuple[str, str] | Unmatched:
         """The module of the graph that a target of the adapter means."""
@@ -161,7 +168,8 @@ class _Index:
         if isinstance(hit, Unmatched):
             return self._split(target, update, adapter) or Unmatched(spelling, self._why(target, update, hit.why))
         module = hit[0].removesuffix(".weight")
-        claims = [c for c in self.claims[module] if _same_kind(update, c.operand)]
+        kind = adapter.updates.get(target, update)  # of the layer, for a tensor that is carried along
+        claims = [c for c in self.claims[module] if _same_kind(kind, c, module)]
         if not claims:
             return Unmatched(spelling, self._why(target, update, "the weight of that name is of another kind of layer"))
         self._check_applied(update, module, spelling)
@@ -334,11 +342,15 @@ def _placed(claim: _Claim, update: Update) -> _Claim:
     return _Claim(claim.operand, claim.source, np.arange(start, start + own))
 
 
-def _same_kind(update: Update, operand: Operand) -> bool:
-    """Whether an update of a table meets a table, and one of a product a product; whole tensors meet both."""
-    if isinstance(update, Replace) or update.kind == "full":
-        return True
-    return (getattr(update, "layer", "plain") == "embedding") == operand.table
+def _same_kind(update: Update, claim: _Claim, module: str) -> bool:
+    """Whether an update of a table meets a table, and one of a product a product.
+
+    Whole tensors meet both, but where a mere name says what the weight is: of a tied pair either end may bear it.
+    """
+    table = claim.operand.table
+    if not isinstance(update, Replace) and update.kind != "full":
+        return (getattr(update, "layer", "plain") == "embedding") == table
+    return claim.source != "name" or (module.rpartition(".")[2] in EMBEDDING_LEAVES) == table
 
 
 def logical(update: Update, target: str) -> Update:

@@ -7,7 +7,7 @@ order (one below the other, or interleaved head by head).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -133,23 +133,36 @@ def _fused(keys: np.ndarray, known: Sequence[_Known]) -> list[tuple[str, Rows | 
     return [(known[n].module, at) for n, at in places.items() if (at >= 0).all()]
 
 
-def confirm(sites: Iterable[Site], base: Model) -> None:
-    """Check each site against the checkpoint. Raises MatchError where the values are not the graph's."""
+def confirm(sites: Iterable[Site], base: Model, present: Callable[[str], bool]) -> None:
+    """Check each site against the checkpoint; ``present`` tells whether the graph has a module.
+
+    Raises MatchError where the values are not the graph's, and for a module that the exporter merged into the site's,
+    its values being the same: it would change too.
+    """
     names = Names(base.places)
     tie = tie_of(base.configs.get("", {}), frozenset(base.modules))
+    ends = (f"{tie.head}.weight", f"{tie.embedding}.weight") if tie else ()
+    vanished = [(name, tensor) for name, tensor in _matrices(base) if not present(name) and name not in ends]
     for site in sites:
         if site.quantised or len(site.weight.shape) < 2:
             continue
         hit = names.find(f"{site.module}.weight")
         if tie is not None and isinstance(hit, Unmatched) and site.module.endswith(tie.head):
             hit = names.find(f"{tie.embedding}.weight")
-        tensor = None if isinstance(hit, Unmatched) else torch_weight(base, hit[0])
+        own = "" if isinstance(hit, Unmatched) else hit[0]
+        tensor = torch_weight(base, own) if own else None
         if tensor is None or not (holds(site, tensor) or _holds_rows(site, tensor)):
             raise MatchError(
                 "the base weights are not those of the graph",
                 f"{site.spelling} -> {site.weight.value.name}",
                 "give the checkpoint that the graph was exported from",
             )
+        for name, other in vanished:
+            if name != own and other.shape == tensor.shape and holds(site, other):
+                raise MatchError(
+                    f"the exporter merged {name} into this weight, their values being equal: both would change",
+                    f"{site.spelling} -> {site.weight.value.name}",
+                )
 
 
 def _holds_rows(site: Site, tensor: Tensor) -> bool:
