@@ -550,7 +550,7 @@ def _kept(adapter: Adapter) -> Adapter:
 
 def _written_tuner(adapter: Adapter, row: peft_tuners.Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by key and the configuration of another type than LORA."""
-    tensors, config = peft_tuners.written(adapter, row, "")
+    tensors, config = peft_tuners.written(adapter, row)
     inside = {module: f"{module}.base_layer" for module in adapter.modules()}
     return tensors | _carried_keys(adapter, inside), config
 

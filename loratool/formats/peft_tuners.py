@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from loratool.adapter import Adapter, is_bias
 from loratool.errors import FormatError
 from loratool.formats.base import CONFIG, Evidence
+from loratool.formats.peft_config import Patterns, listed
 from loratool.keys import Layout
 from loratool.kinds.composed import Circulant, Fourier, Sparse, Supertuning, Wavelet
 from loratool.kinds.factored import (
@@ -97,12 +98,14 @@ class Row:
     slots: tuple[tuple[str, str], ...]
     shared: tuple[tuple[str, str], ...] = ()
     copied: tuple[tuple[str, str], ...] = ()  # (field, suffix): the shared tensors once more in each module
+    family: Callable[[str], str] = lambda module: ""  # which of several shared tensors is a module's: ".name"
     optional: frozenset[str] = frozenset()
     bare: str = ""  # why a file has no module's tensors, where PEFT can save it so
     gain: tuple[str, ...] = ()
     settings: Callable[[Words, Slots, str], dict[str, Any]] = lambda words, slots, module: {}
     told: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda updates: {}
     check: Callable[[Words], None] = lambda words: None
+    agrees: Callable[[Mapping[str, Any]], bool] = lambda updates: True  # what PEFT has no other word for
     build: Callable[[Row, Words, Slots, str], dict[str, Update]] = lambda *of: {"": _from_fields(*of)}
     take: Callable[[Row, Mapping[str, Update]], Slots] = lambda row, updates: _fields(row, updates[""])
     layout: Layout = field(init=False, repr=False)
@@ -160,36 +163,45 @@ def read(
     shared, own = _apart(row, evidence)
     modules, rest = row.layout.group(own, normalise, evidence.weights)
     updates: dict[str, Update] = {}
+    used: set[str] = set()
     for module, slots in modules.items():
+        keys = {name: f"{key}{row.family(module)}" for name, key in row.shared}
         try:
-            found = row.build(row, words, _uncopied(slots, shared) | shared, module)
+            found = row.build(row, words, _uncopied(slots, lent := _lent(keys, shared)) | lent, module)
         except FormatError as error:
             raise FormatError(error.what, error.where or f"{evidence.weights}: {module}", error.hint) from None
         updates |= {module + part: update for part, update in found.items()}
+        used.update(keys.values())
     if not updates:
         raise FormatError(f"a {row.name} adapter without a module's tensors", evidence.weights, row.bare)
     stems = {suffix.split("_")[0] + "_" for _, suffix in row.slots}
-    if strays := [key for key in rest if any(stem in key for stem in stems)]:
+    strays = [SHARED + name for name in shared.keys() - used]
+    if strays := strays + [key for key in rest if any(stem in key for stem in stems)]:
         raise FormatError("a tensor whose meaning is unknown", f"{evidence.weights}: {strays[0]}")
     return updates, rest, {target: PREFIX + target for target in updates}
 
 
-def _apart(row: Row, evidence: Evidence) -> tuple[Slots, dict[str, Tensor]]:
-    """The tensors that all modules share by field, and the others by key."""
-    tensors = dict(evidence.file.tensors)
-    shared: Slots = {}
-    for name, key in row.shared:
-        found = [k for k in (SHARED + key, f"{SHARED}{key}.default") if k in tensors]
-        if len(found) > 1:
-            raise FormatError(f"two tensors for {key}", evidence.weights)
-        if not found:
-            raise FormatError(
-                f"{SHARED}{key} is not in the file: it was saved without what depends on the base",
-                evidence.weights,
-                "load it in PEFT and save it with save_projection=True",
-            )
-        shared[name] = tensors.pop(found[0])
-    return shared, tensors
+def _apart(row: Row, evidence: Evidence) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors that modules share by name, and the others by key."""
+    shared: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
+    for key, tensor in evidence.file.tensors.items():
+        name = key.removeprefix(SHARED)
+        if name == key or not any(name == stem or name.startswith(f"{stem}.") for _, stem in row.shared):
+            own[key] = tensor
+        elif shared.setdefault(name.removesuffix(".default"), tensor) is not tensor:
+            raise FormatError("two tensors of one name", f"{evidence.weights}: {key}")
+    return shared, own
+
+
+def _lent(keys: Mapping[str, str], shared: Mapping[str, Tensor]) -> Slots:
+    """The shared tensors of a module by field. Raises FormatError where one is not in the file."""
+    if absent := [key for key in keys.values() if key not in shared]:
+        raise FormatError(
+            f"{SHARED}{absent[0]} is not in the file: it was saved without what depends on the base",
+            hint="load it in PEFT and save it with save_projection=True",
+        )
+    return {name: shared[key] for name, key in keys.items()}
 
 
 def _uncopied(slots: Slots, shared: Slots) -> Slots:
@@ -226,23 +238,28 @@ def _agree(adapter: Adapter, row: Row) -> bool:
             row.told(adapter.updates)
         except ValueError:
             return False
-    return all(_same(getattr(u, name), getattr(updates[0], name)) for name, _ in row.shared for u in updates)
+    first: dict[str, Tensor] = {}
+    for module, parts in _by_module(adapter.updates).items():
+        for name, key in row.shared:
+            tensor = getattr(parts[""], name)
+            if not _same(first.setdefault(f"{key}{row.family(module)}", tensor), tensor):
+                return False
+    return row.agrees(adapter.updates)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one is other or one.same_bytes(other)
 
 
-def written(adapter: Adapter, row: Row, cut: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The stored tensors of all updates by key, and adapter_config.json; ``cut`` is taken off the modules' names."""
-    adapter = replace(adapter, updates={name.removeprefix(cut): u for name, u in adapter.updates.items()})
+def written(adapter: Adapter, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The stored tensors of all updates by key, and adapter_config.json."""
     tensors: dict[str, Tensor] = {}
     for module, updates in _by_module(adapter.updates).items():
         slots = row.take(row, updates)
         tensors |= {f"{PREFIX}{module}{suffix}": slots[name] for name, suffix in row.slots if name in slots}
         tensors |= {f"{PREFIX}{module}{suffix}": getattr(updates[""], name) for name, suffix in row.copied}
-    first = next(iter(adapter.updates.values()))
-    tensors |= {f"{SHARED}{key}": getattr(first, name) for name, key in row.shared}
+        shared = {f"{SHARED}{key}{row.family(module)}": getattr(updates[""], name) for name, key in row.shared}
+        tensors |= shared
     return tensors, configuration(adapter, row)
 
 
@@ -267,7 +284,8 @@ def configuration(adapter: Adapter, row: Row) -> dict[str, Any]:
         **own,
         "peft_type": row.name,
     }
-    if any(adapter.spelling(name) != PREFIX + name for name in adapter.updates):  # renamed
+    named = config["target_modules"]
+    if not isinstance(named, str) and not all(listed(module, named or ()) for module in modules):  # renamed
         config["target_modules"] = modules
     if not (own and _still_says(own, adapter, row)):
         config |= row.told(adapter.updates)
@@ -402,7 +420,7 @@ def _sparsity(updates: Mapping[str, Any]) -> float:
     share = (low + high) / 2
     if any(int(math.prod(u.plain) * (1 - (1 - share))) != u.values.size for u in updates.values()):
         raise ValueError("updates that one sparsity cannot describe")
-    return 1 - share
+    return float(1 - share)
 
 
 ROWS: tuple[Row, ...] = (
