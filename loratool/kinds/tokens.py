@@ -82,3 +82,15 @@ class Tokens(Update):
                 hint="the adapter was trained on a longer vocabulary: resize the base's embedding first",
             )
         return replace(self, entries=shape[0])
+
+    def put_into(self, table: Tensor) -> Tensor:
+        """``table`` with these rows in the place of its own, rounded once to its dtype: what no sum is exact for."""
+        index, value = self.index.array(), self.value.cast(table.dtype)
+
+        def load(start: int, stop: int) -> np.ndarray:
+            found = table.load(start, stop).copy()
+            here = np.flatnonzero((start <= index) & (index < stop))
+            found[index[here].astype(np.int64) - start] = value.array()[here]
+            return found
+
+        return Tensor(table.dtype, table.shape, load)

@@ -55,6 +55,7 @@ def account(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float
         _place_carried(changes, adapter, strength, headed)
     if tie is not None:
         _settle_tie(changes, tie, model)
+    _put_tokens(changes, headed)
     for name in changes.touched:
         dtype = headed.parameters[name][0].tensor.dtype
         if dtype not in FLOATS:
@@ -238,6 +239,18 @@ def _settle_tie(changes: Changes, tie: Tie, model: Model) -> None:
     if not on_disk:  # the base that the embedding's update was trained on is the head's as well
         own = changes.replaced.get(embedding) if embedding in changes.parts else None
         changes.added[head] = own or model.parameters[embedding][0].tensor
+
+
+def _put_tokens(changes: Changes, model: Model) -> None:
+    """Trained rows that alone change a table replace its rows bit for bit."""
+    for name, parts in [*changes.parts.items()]:
+        places = model.parameters[name]
+        tokens = parts[0].update
+        if len(parts) == len(places) == 1 and isinstance(tokens, Tokens) and parts[0].strength == 1.0:
+            table = changes.replaced.get(name, places[0].tensor)
+            if table.rows == parts[0].stop - parts[0].start and table.dtype in FLOATS:
+                changes.replaced[name] = tokens.put_into(table)
+                del changes.parts[name]
 
 
 def _lend_tokens(changes: Changes, head: str, embedding: str) -> None:
