@@ -12,10 +12,13 @@ import pytest
 
 import loratool
 from loratool.adapter import Adapter
+from loratool.errors import FormatError, MatchError
 from loratool.kinds.experts import Experts
-from loratool.tensors import read_safetensors
+from loratool.kinds.tokens import Tokens
+from loratool.model import read_model
+from loratool.tensors import Tensor, read_safetensors
 from tests import models
-from tests.samples import PEFT_CONFIG, assert_same_adapter
+from tests.samples import PEFT_CONFIG, assert_same_adapter, model, normal, peft_folder, peft_pair
 
 PREFIX = "base_model.model."
 CONFIG: dict[str, Any] = {**PEFT_CONFIG, "peft_version": "0.21.2"}
@@ -264,3 +267,135 @@ def test_kasa_equals_peft(tmp_path: Path) -> None:
 
     adapter = check_toy("attention", lora_config(target_modules=["first", "last"], kasa_config=KasaConfig()), tmp_path)
     assert {update.kind for update in adapter.updates.values()} == {"kasa"}
+
+
+# -- trainable tokens ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("name", "indices", "more"),
+    [
+        ("llama", [3, 5, 7], {}),
+        ("llama", {"embed_tokens": [7, 2], "lm_head": [4]}, {}),
+        ("gpt2", {"wte": [5, 4, 9]}, {"target_modules": ["c_attn"]}),
+        ("llama_tied", [3, 5, 7], {}),
+        ("llama_tied", [3, 5, 7], {"ensure_weight_tying": True}),
+        ("llama_tied", {"embed_tokens": [1, 2], "lm_head": [1, 2]}, {}),
+        ("llama_tied", {"embed_tokens": [1, 2], "lm_head": [4]}, {}),
+    ],
+)
+def test_trained_tokens_equal_peft(name: str, indices: Any, more: dict[str, Any], base: Make, tmp_path: Path) -> None:
+    """llm trap 36: rows are replaced. On tied weights both ends, unless they have rows of their own."""
+    import torch
+
+    config = {"target_modules": ["q_proj"]} | more
+    lora = trained(
+        models.load_model(base(name)), lora_config(trainable_token_indices=indices, **config), tmp_path / "x"
+    )
+    truth = models.logits(base(name), lora)
+    loratool.merge(base(name), lora, out=tmp_path / "out")
+    assert torch.allclose(models.logits(tmp_path / "out"), truth, atol=1e-5 * float(truth.abs().max()))
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    apart = isinstance(indices, dict) and len(indices) > 1 and len({str(rows) for rows in indices.values()}) > 1
+    assert told["tie_word_embeddings"] is (name != "llama" and not apart)
+    adapter = loratool.read(lora)
+    assert any(isinstance(update, Tokens) for update in adapter.updates.values())
+    for number, source in enumerate((adapter, adapter.with_metadata(config={}))):
+        loratool.write(source, tmp_path / f"again{number}", format="peft")
+        found = models.logits(base(name), tmp_path / f"again{number}")
+        assert torch.allclose(found, truth, atol=1e-5 * float(truth.abs().max()))
+    assert_same_adapter(loratool.read(tmp_path / "again0"), adapter)
+
+
+TOKENS = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": normal(3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (None, "does not tell the rows"),
+        ([1, 2], "rows of shape"),
+        ([1, 2, 2], "occurs twice"),
+        ([1, 2, -1], "does not tell the rows"),
+        ([1, 2, True], "does not tell the rows"),
+        ([1, 2, 1 << 70], "does not tell the rows"),
+        ({"lm_head": [1, 2, 3]}, "does not tell the rows"),
+        ({"embed_tokens": "123"}, "does not tell the rows"),
+    ],
+)
+def test_token_indices_that_fit_nothing_are_refused(indices: Any, message: str, tmp_path: Path) -> None:
+    tensors = {**peft_pair("q"), **TOKENS}
+    with pytest.raises(FormatError, match=message) as caught:
+        loratool.read(peft_folder(tmp_path / "x", tensors, CONFIG | {"trainable_token_indices": indices}))
+    assert "embed_tokens" in str(caught.value)
+
+
+def test_a_lora_beside_trained_tokens_of_one_module_is_refused(tmp_path: Path) -> None:
+    """PEFT saves it and cannot run it."""
+    tensors = {**TOKENS, **peft_pair("model.embed_tokens")}
+    with pytest.raises(FormatError, match="has a LoRA as well"):
+        loratool.read(peft_folder(tmp_path / "x", tensors, CONFIG | {"trainable_token_indices": [1, 2, 3]}))
+
+
+def test_a_token_beyond_the_table_is_a_mismatch(tmp_path: Path) -> None:
+    base = model(tmp_path / "base", {"model.embed_tokens.weight": normal(9, 4)})
+    lora = peft_folder(tmp_path / "x", TOKENS, CONFIG | {"trainable_token_indices": [1, 2, 9]})
+    with pytest.raises(MatchError, match="token 9 is beyond the base's 9 rows"):
+        loratool.merge(base, lora, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_of_a_longer_vocabulary_bring_it(tmp_path: Path) -> None:
+    """llm trap 41: the base copy that was resized is in the file; a tied head goes along."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "vocab_size": 9,
+    }
+    base = model(tmp_path / "base", {"model.embed_tokens.weight": normal(9, 4)}, config)
+    longer = np.concatenate((normal(9, 4).array(), normal(2, 4, seed=8).array()))
+    key = f"{PREFIX}model.embed_tokens.token_adapter.base_layer.weight"
+    tensors = {**TOKENS, key: Tensor.of(longer)}
+    lora = peft_folder(tmp_path / "x", tensors, CONFIG | {"trainable_token_indices": [1, 9, 10]})
+    loratool.merge(base, lora, out=tmp_path / "out")
+    merged = read_model(tmp_path / "out")
+    assert list(merged.parameters) == ["model.embed_tokens.weight"] and merged.configs[""]["vocab_size"] == 11
+    longer[[1, 9, 10]] = normal(3, 4).array()
+    np.testing.assert_array_equal(merged.parameters["model.embed_tokens.weight"][0].tensor.array(), longer)
+
+
+# -- experts of real architectures ---------------------------------------------------------------------------
+
+
+def make_moe(name: str) -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    if name == "gpt_oss":  # as the real one: down_proj is square, [E,in,out]
+        config = transformers.GptOssConfig(**models.TEXT, **sizes, intermediate_size=16)
+        return transformers.GptOssForCausalLM(config)
+    config = transformers.Llama4TextConfig(**models.TEXT, **sizes, intermediate_size=24, intermediate_size_mlp=24)
+    return transformers.Llama4ForCausalLM(config)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
+def test_experts_of_a_transformer_equal_peft(name: str, tmp_path: Path) -> None:
+    """llm traps 4 and 6: gpt-oss is known to be transposed; Llama 4 is, and PEFT does not know: shapes decide."""
+    import torch
+
+    torch.manual_seed(0)
+    model = make_moe(name)
+    for parameter, value in model.named_parameters():
+        value.data.copy_(models.visible(parameter, value))
+    base = models.save_model(model, tmp_path / "base", {})
+    config = lora_config(target_parameters=EXPERTS[::-1], target_modules=["q_proj"], rank_pattern={".*down_proj": 3})
+    lora = trained(models.load_model(base), config, tmp_path / "lora")
+    truth = models.logits(base, lora)
+    loratool.merge(base, lora, out=tmp_path / "out")
+    found = models.logits(tmp_path / "out")
+    assert torch.allclose(found, truth, atol=1e-5 * float(truth.abs().max()))
+    assert not torch.allclose(models.logits(base), truth, atol=1e-2)
