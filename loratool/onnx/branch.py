@@ -68,12 +68,13 @@ class Spot:
 
     @property
     def module(self) -> str:
-        """What new values are called after: the module, or, where several are fused, the node that fuses them."""
+        """What new values are called after: the module by the graph's own word, else by the adapter's."""
+        told = scope_module(self.node) or path_module(self.node.proto.name)
         modules = {change.site.module for change in self.changes}
-        whole = all(change.site.rows is None for change in self.changes)
-        if len(modules) == 1 and whole:
+        whole = len(modules) == 1 and all(change.site.rows is None for change in self.changes)
+        if self.vector or (whole and not told):
             return min(modules)
-        return scope_module(self.node) or path_module(self.node.proto.name) or self.operand.weight.value.name
+        return told or self.operand.weight.value.name
 
 
 def spots(changes: Iterable[Change]) -> tuple[Spot, ...]:
@@ -81,24 +82,24 @@ def spots(changes: Iterable[Change]) -> tuple[Spot, ...]:
     found: dict[tuple[int, int], tuple[Operand, list[Change]]] = {}
     for change in changes:
         for operand in change.site.operands:
-            if change.strength:
-                found.setdefault((id(operand.use.node), operand.use.slot), (operand, []))[1].append(change)
+            found.setdefault((id(operand.use.node), operand.use.slot), (operand, []))[1].append(change)
     order = lambda spot: (spot.node.scope, spot.node.position, spot.operand.use.slot)  # noqa: E731
     return tuple(sorted((Spot(operand, tuple(own)) for operand, own in found.values()), key=order))
 
 
-def branch(graph: Graph, changes: Sequence[Change]) -> Edit:
+def branch(graph: Graph, changes: Sequence[Change], dense: bool = False) -> Edit:
     """``graph`` with constant side branches; weights, quantised ones too, stay as they are.
 
+    ``dense``: each change as one matrix, worked out by its own algebra, for those who want to check the factors.
     Raises MatchError for a place where a branch cannot be (an integer operator whose result is rounded at once),
     NumericError where a factor does not fit the graph's precision.
     """
     edit = Edit.of(graph)
     made: dict[tuple[Any, ...], Branch] = {}
-    for spot in spots(changes):
+    for spot in spots(change for change in changes if change.strength):
         key = (*map(id, spot.changes), spot.kind)  # nodes of one module share their constants
         if key not in made:
-            made[key] = _constants(edit, spot)
+            made[key] = _constants(edit, spot, dense)
         attach(edit, spot, made[key])
     edit.finish()
     return edit
@@ -112,12 +113,12 @@ class Branch:
     matrix: str | None = None
 
 
-def _constants(edit: Edit, spot: Spot) -> Branch:
+def _constants(edit: Edit, spot: Spot, dense: bool) -> Branch:
     """New initializers for the changes at one spot."""
     dtype = computed_in(edit.graph, spot.operand)
     pairs, rest = [], []
     for change in spot.changes:
-        found = None if spot.vector else factors(change, spot)
+        found = None if spot.vector or dense else factors(change, spot)
         if found is None:
             rest.append(change)
         else:
@@ -130,7 +131,7 @@ def _constants(edit: Edit, spot: Spot) -> Branch:
             edit.add(f"{spot.module}.lora_B.weight", narrowed(b, dtype, spot)),
         )
     if rest:
-        matrix = edit.add(f"{spot.module}.delta", _difference(edit.graph, spot, rest).cast(dtype))
+        matrix = edit.add(f"{spot.module}.delta", difference(edit.graph, spot, rest).cast(dtype))
     return Branch(pair, matrix)
 
 
@@ -199,7 +200,7 @@ def oriented(spot: Spot, pair: Pair) -> Pair:
     return (up, down) if spot.operand.table else (down.T, up.T)
 
 
-def _difference(graph: Graph, spot: Spot, changes: Sequence[Change]) -> Tensor:
+def difference(graph: Graph, spot: Spot, changes: Sequence[Change]) -> Tensor:
     """The sum of changes [out,in,*k] of a spot's weight (or of a vector), worked out row block by row block."""
     shape = spot.operand.shape if not spot.vector else spot.operand.weight.shape
     needs_base = any(change.site.update.needs_base for change in changes)
