@@ -6,6 +6,7 @@ Source: the zip application note, numpy's NEP 1 (`.npy` format); MLX writes bflo
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -92,11 +93,15 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Te
 
 def _header(file: BinaryIO | Any, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """(shape, Fortran order, dtype) at the head of a member."""
-    version = npy.read_magic(file)
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    if version not in readers:
-        raise FormatError(f"npy version {version}", where)
-    shape, fortran, dtype = readers[version](file, max_header_size=_HEADER)
+    try:
+        version = npy.read_magic(file)
+        if version not in readers:
+            raise FormatError(f"npy version {version}", where)
+        shape, fortran, dtype = readers[version](file, max_header_size=_HEADER)
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FormatError(f"a malformed header: {first[:100]}", where) from None
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or len(shape) > 16:
         raise FormatError(f"shape {str(shape)[:60]} is no shape", where)
     return shape, fortran, dtype

@@ -9,18 +9,38 @@ import re
 
 from loratool.adapter import Adapter, Loss
 from loratool.errors import FormatError, LossError, UsageError, some
-from loratool.formats import attn_procs, cloneofsimo, diffusers, diffusers_old, gguf, kohya, mlx, peft, raw
+from loratool.formats import (
+    attn_procs,
+    cloneofsimo,
+    diffusers,
+    diffusers_old,
+    gguf,
+    kohya,
+    litgpt,
+    loralib,
+    mistral,
+    mlx,
+    peft,
+    raw,
+    tinker,
+    torchtune,
+)
 from loratool.formats.base import Evidence, Format
 
 FORMATS: tuple[Format, ...] = (
     gguf.FORMAT,
     mlx.FORMAT,
+    torchtune.FORMAT,
+    litgpt.FORMAT,
+    mistral.FORMAT,
+    tinker.FORMAT,
     cloneofsimo.FORMAT,
     attn_procs.FORMAT,
     diffusers_old.FORMAT,
     peft.FORMAT,
     kohya.FORMAT,
     diffusers.FORMAT,
+    loralib.FORMAT,
     raw.FORMAT,
 )
 
@@ -38,7 +58,6 @@ RECOGNISED: tuple[tuple[str, str], ...] = (
     ("(IA)3", r"\.(ia3_l|on_input)$"),
     ("PEFT OFT", r"\.oft_R\b"),
     ("BOFT", r"\.boft_[Rs]$"),
-    ("torchtune", r"\.lora_[ab]\.weight$"),
     ("a sparse residual (bias_indices)", r"\.bias_(indices|values|size)$"),
     ("a ComfyUI patch", r"\.(set_weight|reshape_weight)$"),
 )

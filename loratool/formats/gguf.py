@@ -74,23 +74,13 @@ class _Dialect:
         if self.known.rows == "grouped" and leaf == "query_key_value":
             queries = llm.size(self.config, "num_attention_heads", "n_head")
             hidden = llm.size(self.config, "hidden_size", "n_embed")
-            return _ungrouped(rows, self._told(queries, leaf), self._told(hidden, leaf))
+            return llm.ungrouped(rows, self._told(queries, leaf), self._told(hidden, leaf))
         return None
 
     def _told(self, number: int | None, leaf: str) -> int:
         if number is None:
             raise FormatError(f"the rows of {leaf} are in llama.cpp's order, and the heads are unknown", hint=_HINT)
         return number
-
-
-def _ungrouped(rows: int, queries: int, hidden: int) -> np.ndarray:
-    """The order that makes [q..., k, v] of each head, or group of heads, into all q, all k, all v."""
-    head = hidden // queries
-    groups = (rows // head - queries) // 2 if head else 0
-    if head == 0 or groups < 1 or queries % groups or (queries + 2 * groups) * head != rows:
-        raise FormatError(f"{rows} rows are not {queries} heads and their keys and values", hint="is this its base?")
-    grouped = np.arange(rows).reshape(groups, -1, head)
-    return np.concatenate([part.reshape(-1) for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])])
 
 
 # ---------------------------------------------------------------- reading

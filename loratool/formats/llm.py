@@ -21,7 +21,7 @@ from loratool.architectures.llm import EMBEDDING_LEAVES
 from loratool.architectures.table import NameTable
 from loratool.errors import FormatError
 from loratool.files import read_json
-from loratool.formats.base import Evidence
+from loratool.formats.base import CONFIG, Evidence
 from loratool.tensors import FLOATS, Tensor, blocks, numpy_dtype
 from loratool.update import DoRA, Layer, LowRank, Update, as_low_rank
 
@@ -154,6 +154,18 @@ def halved(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
+def ungrouped(rows: int, queries: int, hidden: int) -> np.ndarray:
+    """The order that makes [q..., k, v] of each head, or group of heads, into all q, all k, all v."""
+    head = hidden // queries
+    groups = (rows // head - queries) // 2 if head else 0
+    if head == 0 or groups < 1 or queries % groups or (queries + 2 * groups) * head != rows:
+        raise FormatError(
+            f"{rows} rows are not {queries} heads and their keys and values", hint="is this its base model?"
+        )
+    grouped = np.arange(rows).reshape(groups, -1, head)
+    return np.concatenate([part.reshape(-1) for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])])
+
+
 def _check_heads(rows: int, heads: int) -> None:
     if rows % (2 * heads):
         raise FormatError(f"{rows} rows are not {heads} heads of even size", hint="is this its base model?")
@@ -235,6 +247,15 @@ def low_rank(update: Update) -> LowRank | None:
     return as_low_rank(update.direction if isinstance(update, DoRA) else update)
 
 
+def simple(update: Update) -> Update:
+    """An update as its plain LoRA, a DoRA as it is."""
+    if isinstance(update, DoRA):
+        return update
+    low = low_rank(update)
+    assert low is not None  # the losses said so
+    return low
+
+
 def no_pair(name: str, update: Update, dora: bool = False) -> str | None:
     """Why factors (and, for ``dora``, magnitudes) do not say an update; None where they do."""
     if is_bias(name):
@@ -278,6 +299,34 @@ def padded(low: LowRank, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
         return down, up
     wide = Tensor(up.dtype, (up.shape[0], rank), lambda a, b: np.pad(up.load(a, b), ((0, 0), (0, more))))
     return Tensor.joined([down, zeros(down.dtype, more, down.shape[1])]), wide
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """One rank and one scaling for all modules, for formats that know no more: the largest, and what most have."""
+
+    rank: int
+    scaling: float
+
+    @staticmethod
+    def of(updates: Iterable[Update]) -> Uniform:
+        """What suits these updates best."""
+        lows = [low for update in updates if (low := low_rank(update))]
+        return Uniform(
+            max((low.rank for low in lows), default=8),
+            commonest((low.scaling for low in lows if low.scaling), 0.0),
+        )
+
+    @property
+    def alpha(self) -> float:
+        """What divided by the rank is the scaling."""
+        return self.scaling * self.rank
+
+    def pair(self, update: Update) -> tuple[Tensor, Tensor]:
+        """down [rank,i] and up [o,rank] of an update that has a plain LoRA."""
+        low = low_rank(update)
+        assert low is not None  # the losses said so
+        return padded(low, self.rank, self.scaling)
 
 
 def zeros(dtype: str, *shape: int) -> Tensor:
@@ -380,6 +429,42 @@ def expert_count(config: Mapping[str, Any], experts: Iterable[int], where: objec
     if known and needed > known:
         raise FormatError(f"expert {needed - 1} of a base that has {known}", where)
     return known or needed
+
+
+# ---------------------------------------------------------------- configurations
+
+
+def config_beside(evidence: Evidence) -> Mapping[str, Any]:
+    """adapter_config.json in the folder of the tensors, whatever their file is called; empty where there is none."""
+    path = evidence.beside(CONFIG)
+    found = read_json(path) if path else {}
+    if not isinstance(found, dict):
+        raise FormatError("the configuration is not a JSON object", path or "")
+    return found
+
+
+def told_scaling(config: Mapping[str, Any], evidence: Evidence) -> Callable[[int, object], float | None]:
+    """lora_alpha / r of a configuration, or what the user says, as a function of a module's rank and place.
+
+    Raises FormatError for numbers that are none, and where r is not the rank.
+    """
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    for name, value in (("r", r), ("lora_alpha", alpha)):
+        if value is not None and (type(value) not in (int, float) or not abs(value) < 1e300):
+            raise FormatError(f"{name} is {str(value)[:40]!r}, not a number", evidence.path)
+
+    def scaling(rank: int, where: object) -> float | None:
+        if evidence.scaling is not None or r is None or alpha is None:
+            return evidence.scaling
+        if rank != r:
+            raise FormatError(
+                f"the configuration says rank {r}, the tensors have rank {rank}: the scaling is unknown",
+                where,
+                "correct r in adapter_config.json, or give --scaling",
+            )
+        return float(alpha / rank)
+
+    return scaling
 
 
 # ---------------------------------------------------------------- metadata
