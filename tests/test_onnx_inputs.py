@@ -42,7 +42,7 @@ def exported(base: Path, folder: Path, *adapters: Path, strengths: Sequence[floa
     out = folder / "out.onnx"
     written = write_graph(inputs(graph, found), out, inputs={"base/x": base}, metadata={})
     onnx.checker.check_model(out)
-    paths = adapter_paths(out, [path.stem for path in adapters])
+    paths = adapter_paths(out, adapters)
     for number, path in enumerate(paths):
         write_container(path, adapter_file(graph, found, number, model_version(written.outcome.hashes)))
         check_adapter(read_graph(out), read_container(path))

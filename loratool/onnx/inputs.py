@@ -182,12 +182,13 @@ def _other_half(name: str) -> str | None:
     return None
 
 
-def adapter_paths(out: Path, names: Sequence[str]) -> list[Path]:
-    """The files beside ``out``, one for each adapter: OUT's name, the adapter's (numbered where two are alike)."""
+def adapter_paths(out: Path, adapters: Sequence[Path | None]) -> list[Path]:
+    """The files beside ``out``, one for each adapter: OUT's name, then the adapter's (or its number)."""
     found: list[Path] = []
-    for number, name in enumerate(names, 1):
-        path = out.with_name(f"{out.stem}.{name}.onnx_adapter")
-        found.append(path if path not in found else out.with_name(f"{out.stem}.{name}-{number}.onnx_adapter"))
+    for number, adapter in enumerate(adapters, 1):
+        name = "" if adapter is None else adapter.name if adapter.is_dir() else adapter.stem
+        path = out.with_name(f"{out.stem}.{name or number}.onnx_adapter")
+        found.append(out.with_name(f"{out.stem}.{name}-{number}.onnx_adapter") if path in found else path)
     return found
 
 

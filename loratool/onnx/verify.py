@@ -8,7 +8,7 @@ visible and right. onnxruntime is imported by the functions that need it.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def has_onnxruntime() -> bool:
     return True
 
 
-def verify(base: Graph, trials: Sequence[Trial]) -> Verification:
+def verify(base: Graph, trials: Iterable[Trial]) -> Verification:
     """Run ``base`` and every trial on the same inputs, and compare.
 
     Raises VerifyError (the change is lost, or differs from the reference by more than rounding), BaseError (the base

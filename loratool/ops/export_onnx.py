@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.adapter import Adapter, is_bias
 from loratool.errors import FormatError, MatchError, UsageError, some
-from loratool.files import staged_beside
+from loratool.files import prepare_output, staged_beside
 from loratool.model import Model
 from loratool.onnx.fold import Change, Edit, check_output, external_name, lay_out, write_graph
 from loratool.onnx.graph import Graph
@@ -21,6 +21,9 @@ from loratool.onnx.resolve import resolve
 from loratool.ops.changes import Changes, check_values
 from loratool.ops.merge import peak_bytes
 from loratool.plan import OutputFile, Plan, Step, thread_count
+
+if TYPE_CHECKING:
+    from loratool.onnx.verify import Trial
 
 Progress = Callable[[int, int], None]
 MODES = ("fold", "branch", "inputs")  # each a file of `loratool.onnx`, whose function of that name makes the graph
@@ -183,20 +186,22 @@ def run_export(
             device=device,
             progress=progress,
         )
-        proven = proof(planned, written.output)
+        files = write_adapters(planned, path, folder, written.outcome.hashes)
+        sizes = [file.stat().st_size for file in files]
+        proven = proof(planned, written.output, files)
     return ExportReport(
         output=str(path),
         mode=planned.mode,
         modules=planned.modules,
         resolved=planned.resolved,
         unmatched=planned.unmatched,
-        adapters=(),
+        adapters=tuple(str(path.with_name(file.name)) for file in files),
         external_data=str(path.with_name(external_name(path))) if written.external_data else None,
         verified=proven.verified,
         max_abs_diff=proven.max_abs_diff,
         max_effect=proven.max_effect,
         providers=proven.providers,
-        bytes_written=written.bytes_written,
+        bytes_written=written.bytes_written + sum(sizes),
         seconds=round(time.perf_counter() - began, 3),
         peak_bytes=peak_bytes(),
         lost_to_rounding=written.outcome.tally.lost_to_rounding,
@@ -215,6 +220,29 @@ def check(planned: Export, out: str | Path, overwrite: bool, verify: bool | None
     given = {f"adapter {n}": a.metadata.path for n, a in enumerate(planned.adapters, 1) if a.metadata.path}
     path = Path(out)
     check_output(planned.graph, path, lay_out(planned.edit, external_name(path)), overwrite, given)
+    for beside in adapter_files(planned, path):
+        prepare_output(beside, overwrite, given)
+
+
+def adapter_files(planned: Export, out: Path) -> list[Path]:
+    """The files of the adapters that are inputs, beside ``out``, in their order; none in other modes."""
+    from loratool.onnx.inputs import adapter_paths
+
+    if planned.mode != "inputs":
+        return []
+    return adapter_paths(out, [a.metadata.path for a in planned.adapters])
+
+
+def write_adapters(planned: Export, out: Path, folder: Path, hashes: Mapping[str, str]) -> list[Path]:
+    """Write the files of the adapters that are inputs into ``folder``; where they are."""
+    from loratool.onnx.container import write_container
+    from loratool.onnx.inputs import adapter_file, model_version
+
+    files = [folder / path.name for path in adapter_files(planned, out)]
+    for number, file in enumerate(files):
+        held = adapter_file(planned.graph, planned.changes, number, model_version(hashes))
+        write_container(file, held)
+    return files
 
 
 def provenance(planned: Export) -> dict[str, str]:
@@ -226,30 +254,49 @@ def provenance(planned: Export) -> dict[str, str]:
     }
 
 
-def _prover(verify: bool | None) -> Callable[[Export, Path], Any]:
+def _prover(verify: bool | None) -> Callable[[Export, Path, Sequence[Path]], Any]:
     """What proves an output. Raises LoratoolError where a proof is asked for and onnxruntime is missing."""
-    from loratool.onnx.verify import BaseError, Trial, Verification, has_onnxruntime, onnxruntime
+    from loratool.onnx.verify import BaseError, Verification, has_onnxruntime, onnxruntime
     from loratool.onnx.verify import verify as prove
 
     if verify is False or (verify is None and not has_onnxruntime()):
         notes = () if verify is False else ("not verified: onnxruntime is not installed",)
-        return lambda planned, output: Verification(False, notes=notes)
+        return lambda planned, output, files: Verification(False, notes=notes)
     onnxruntime()
 
-    def proof(planned: Export, output: Path) -> Verification:
+    def proof(planned: Export, output: Path, files: Sequence[Path]) -> Verification:
         reference = output.with_name("reference.onnx")
         try:
-            write_graph(_build("branch", planned.graph, planned.changes), reference, inputs={}, metadata={})
-            return prove(planned.graph, [Trial(output, reference)])
+            return prove(planned.graph, _trials(planned, output, files, reference))
         except BaseError as error:
             if verify:
                 raise
             return Verification(False, notes=(f"not verified: {error.what}",))
         finally:
-            for path in (reference, reference.with_name(external_name(reference))):
-                path.unlink(missing_ok=True)
+            _remove(reference)
 
     return proof
+
+
+def _remove(graph: Path) -> None:
+    """Delete a graph and its external data."""
+    for path in (graph, graph.with_name(external_name(graph))):
+        path.unlink(missing_ok=True)
+
+
+def _trials(planned: Export, output: Path, files: Sequence[Path], reference: Path) -> Iterator[Trial]:
+    """What the output is held against: side branches; those themselves, against one matrix for each change.
+
+    Adapters that are inputs are tried one by one, each against a reference in the place of the one before.
+    """
+    from loratool.onnx.branch import branch
+    from loratool.onnx.verify import Trial
+
+    for number, file in enumerate(files or [None]):
+        own = [change for change in planned.changes if file is None or change.adapter == number]
+        _remove(reference)
+        write_graph(branch(planned.graph, own, dense=planned.mode == "branch"), reference, inputs={}, metadata={})
+        yield Trial(output, reference, file)
 
 
 def describe(planned: Export, output: str | Path) -> dict[str, Any]:
@@ -264,6 +311,7 @@ def describe(planned: Export, output: str | Path) -> dict[str, Any]:
         "resolved": planned.resolved,
         "unmatched": list(planned.unmatched),
         "external_data": str(out.with_name(external_name(out))) if layout.external else None,
+        "adapters": [str(path) for path in adapter_files(planned, out)],
         "bytes_to_read": sum(path.stat().st_size for path in planned.inputs.values()),
         "bytes_to_write": layout.bytes_written,
         "disk_needed": layout.bytes_written,
