@@ -20,9 +20,14 @@ from collections.abc import Iterable, Mapping
 
 from loratool.architectures.base import Architecture, Piece, Row, Segment, Shape, Slot, Stored, agree
 from loratool.architectures.base import split as _split
+from loratool.architectures.cogvideox import COGVIDEOX
 from loratool.architectures.flux import CHROMA, FLUX
 from loratool.architectures.flux2 import FLUX2
+from loratool.architectures.hidream import HIDREAM
+from loratool.architectures.hunyuan import HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
+from loratool.architectures.ltx import LTX, LTX2
 from loratool.architectures.lumina import LUMINA2, Z_IMAGE
+from loratool.architectures.others import ANIMA, AURAFLOW, KREA2, MOCHI, PIXART, SANA
 from loratool.architectures.qwen_image import QWEN_IMAGE
 from loratool.architectures.sd import SD1, SD2, SDXL, flatten, targets, unflatten
 from loratool.architectures.sd3 import SD3
@@ -50,7 +55,11 @@ __all__ = [
 
 UNETS: tuple[Architecture, ...] = (SD1, SD2, SDXL)
 # of several that fit alike, the first is meant
-TRANSFORMERS: tuple[Transformer, ...] = (FLUX, CHROMA, SD3, WAN, QWEN_IMAGE, Z_IMAGE, LUMINA2, FLUX2)
+TRANSFORMERS: tuple[Transformer, ...] = (
+    *(FLUX, CHROMA, SD3, WAN, QWEN_IMAGE, Z_IMAGE, LUMINA2, FLUX2),
+    *(HUNYUAN_VIDEO, HUNYUAN_IMAGE, HUNYUAN_VIDEO_15, LTX, LTX2, COGVIDEOX, HIDREAM),
+    *(MOCHI, PIXART, AURAFLOW, SANA, KREA2, ANIMA),
+)
 ARCHITECTURES: tuple[Architecture, ...] = (*UNETS, *TRANSFORMERS)
 
 _OTHERS = ("first_stage_model.", "vae.", "model_ema.", "cond_stage_model.", "conditioner.", "text_encoders.")
