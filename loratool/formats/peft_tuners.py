@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,19 @@ from loratool.errors import FormatError
 from loratool.formats.base import CONFIG, Evidence
 from loratool.formats.peft_config import Patterns, listed
 from loratool.keys import Layout
+from loratool.kinds.based import (
+    BiasShift,
+    BlockAffine,
+    BoneAffine,
+    Frod,
+    Glora,
+    Hira,
+    Householder,
+    Injection,
+    LnTuning,
+    Road,
+    Subspace,
+)
 from loratool.kinds.composed import Circulant, Fourier, Sparse, Supertuning, Wavelet
 from loratool.kinds.factored import (
     AdaLora,
@@ -36,8 +49,14 @@ from loratool.kinds.factored import (
     Unilora,
     Vera,
 )
+from loratool.kinds.hadamard import LoHa
+from loratool.kinds.kronecker import LoKr
+from loratool.kinds.rescale import IA3
+from loratool.kinds.rotation import PeftBOFT, PeftOFT, PeftOldOFT
+from loratool.kinds.tokens import Tokens
+from loratool.kinds.tuner import Fixed, axes
 from loratool.tensors import Tensor
-from loratool.update import Update
+from loratool.update import LowRank, Update
 
 PREFIX = "base_model.model."
 SHARED = "base_model."  # before the names of what all modules share
@@ -80,6 +99,15 @@ class Words:
         if value is not None and not isinstance(value, Mapping):
             raise FormatError(f"{name} is not a table", self.where)
         return value or {}
+
+    def fits(self, pattern: str, module: str) -> bool:
+        """Whether a regular expression is all of a module's name; bounded in time. Raises FormatError."""
+        import regex
+
+        try:
+            return regex.fullmatch(pattern, module, timeout=1.0) is not None
+        except (regex.error, TimeoutError) as error:
+            raise FormatError(f"{pattern[:80]!r} cannot be matched: {error}", self.where) from None
 
 
 @dataclass(frozen=True)
@@ -139,7 +167,7 @@ def _fields(row: Row, update: Update) -> Slots:
 
 
 def _gained(update: Update, tensor: Tensor) -> Tensor:
-    gain = getattr(update, "gain", 1.0)
+    gain = update.gain if isinstance(update, Fixed) else 1.0
     return tensor if gain == 1.0 else Tensor.of((tensor.float() * gain).astype(np.float32))
 
 
@@ -231,7 +259,7 @@ def _config_type(adapter: Adapter) -> str:
 def _agree(adapter: Adapter, row: Row) -> bool:
     """Whether what must be one for all modules is: shared tensors, settings, and a gain that a tensor can absorb."""
     updates = list(adapter.updates.values())
-    if not row.gain and any(getattr(u, "gain", 1.0) != 1.0 for u in updates):
+    if not row.gain and any(isinstance(u, Fixed) and u.gain != 1.0 for u in updates):
         return False
     if not _still_says(adapter.metadata.config, adapter, row):
         try:
@@ -320,7 +348,11 @@ def only(updates: Mapping[str, Any], of: Callable[[Any], Any]) -> Any:
 
 def patterned(updates: Mapping[str, Any], of: Callable[[Any], Any], name: str, pattern: str) -> dict[str, Any]:
     """The commonest value as ``name``, and by full name the modules that differ as ``pattern``."""
-    values = {module: of(update) for module, update in updates.items()}
+    return split({module: of(update) for module, update in updates.items()}, name, pattern)
+
+
+def split(values: Mapping[str, Any], name: str, pattern: str) -> dict[str, Any]:
+    """The commonest of some values by module as ``name``, the others as ``pattern``."""
     common = Counter(values.values()).most_common(1)[0][0]
     return {name: common, pattern: {module: value for module, value in values.items() if value != common}}
 
@@ -366,6 +398,8 @@ def _miss(words: Words, slots: Slots, module: str) -> dict[str, Any]:
 
 
 def _miss_told(updates: Mapping[str, Any]) -> dict[str, Any]:
+    if only(updates, lambda u: isinstance(u, BlockAffine)):
+        return {"r": only(updates, lambda u: u.rank), "init_weights": "bat"}
     small = only(updates, lambda u: u.small)
     mini = {"init_weights": "mini", "mini_r": only(updates, lambda u: u.block.shape[1])} if small else {}
     return {"r": only(updates, lambda u: u.rank), "init_weights": True, **mini}
@@ -411,16 +445,280 @@ def _shira_told(updates: Mapping[str, Any]) -> dict[str, Any]:
     return {"r": int(rank), "mask_type": "random"}
 
 
-def _sparsity(updates: Mapping[str, Any]) -> float:
-    """What tells PEFT how many values each module has: the share that has none, rounded up."""
-    if not all(math.prod(u.plain) for u in updates.values()):
-        raise ValueError("sparsity is not known")
-    low = max(u.values.size / math.prod(u.plain) for u in updates.values())
-    high = min((u.values.size + 1) / math.prod(u.plain) for u in updates.values())
-    share = (low + high) / 2
-    if any(int(math.prod(u.plain) * (1 - (1 - share))) != u.values.size for u in updates.values()):
-        raise ValueError("updates that one sparsity cannot describe")
-    return float(1 - share)
+def _miss_built(row: Row, words: Words, slots: Slots, module: str) -> dict[str, Update]:
+    """One block for all, or (bat) one for each block of outputs."""
+    whole, bat = row.kinds
+    if (len(slots["block"].shape) == 3) != (words.table.get("init_weights") == "bat"):
+        raise FormatError(f"a block of shape {list(slots['block'].shape)} with another init_weights")
+    return {
+        "": _from_fields(replace(row, kinds=(bat if len(slots["block"].shape) == 3 else whole,)), words, slots, module)
+    }
+
+
+def _hira(row: Row, words: Words, slots: Slots, module: str) -> dict[str, Update]:
+    """A pair of a Linear, Conv1D or convolution; or of an Embedding, whose table is [entries,dim]."""
+    if slots.keys() == {"embedding_down", "embedding_up"}:
+        axes(2, **slots)
+        pair = LowRank(slots["embedding_up"].T, slots["embedding_down"].T, layer="embedding")
+    elif slots.keys() == {"down", "up"}:
+        pair = LowRank(slots["down"], slots["up"])
+        if words.flag("fan_in_fan_out") and len(pair.shape) == 2:
+            pair = pair.oriented("transposed")
+    else:
+        raise FormatError(f"a HiRA module with {', '.join(sorted(slots))}")
+    return {"": Hira(pair)}
+
+
+def _hira_taken(row: Row, updates: Mapping[str, Any]) -> Slots:
+    pair = updates[""].direction
+    if pair.layer == "embedding":
+        return {"embedding_down": pair.up.T, "embedding_up": pair.down.T}
+    return {"down": pair.down, "up": pair.up}
+
+
+def _road(words: Words, slots: Slots, module: str) -> dict[str, Any]:
+    variant = words.table.get("variant", "road_1")
+    known = {"road_1": 1, "road_2": 2, "road_4": 4}
+    if variant not in known:
+        raise FormatError(f"variant is {variant!r}", words.where)
+    return {"variant": known[variant], "group": words.count("group_size", 64)}
+
+
+def _turned(row: Row, words: Words, slots: Slots, module: str) -> dict[str, Update]:
+    turn = _from_fields(row, words, slots, module)
+    assert isinstance(turn, Road)
+    return {"": turn, ".bias": replace(turn, of_bias=True)}
+
+
+def _with_biases(updates: Mapping[str, Any]) -> bool:
+    """Whether each module's bias goes along with its weight, as PEFT's merge has it."""
+    return all(
+        (own := updates.get(f"{name}.bias")) is not None and own.slots == update.slots
+        for name, update in updates.items()
+        if not is_bias(name)
+    )
+
+
+def _glora(row: Row, words: Words, slots: Slots, module: str) -> dict[str, Update]:
+    paths = {path: _path(path, slots) for path in "ABCDE"}
+    if len(paths["C"]) == 2 or "C.X" in slots:
+        raise FormatError(
+            "glora_C changes the bias by way of the weight, which is not supported", hint="train it with config_C none"
+        )
+    if len(paths["D"]) == 2 or len(paths["E"]) == 2:
+        raise FormatError("glora_D or glora_E is a pair")
+    (scale, shift), (column,), (times,), (plus,) = (paths["A"], paths["B"]), paths["C"], paths["D"], paths["E"]
+    found = Glora(scale=scale, shift=shift, column=column, bias_scale=times, bias_shift=plus)
+    biased = "D.X" in slots or "E.X" in slots
+    return {"": found, **({".bias": replace(found, of_bias=True)} if biased else {})}
+
+
+def _path(path: str, slots: Slots) -> tuple[Tensor, ...]:
+    """The tensors of one path of GLoRA: a pair, a vector or number, or zeros. Raises FormatError."""
+    there = [leaf for leaf in ("Xd", "Xu", "X", "zeros") if f"{path}.{leaf}" in slots]
+    if there not in (["Xd", "Xu"], ["X"], ["zeros"]):
+        raise FormatError(f"glora_{path} holds {', '.join(there) or 'nothing'}")
+    return tuple(slots[f"{path}.{leaf}"] for leaf in there)
+
+
+def _glora_taken(row: Row, updates: Mapping[str, Any]) -> Slots:
+    update = updates[""]
+    found: Slots = {"C.zeros": update.column}
+    for name, path in (("A", update.scale), ("B", update.shift)):
+        leaves = ("Xd", "Xu") if len(path) == 2 else ("zeros",) if _is_zeros(path[0]) else ("X",)
+        found |= {f"{name}.{leaf}": tensor for leaf, tensor in zip(leaves, path, strict=True)}
+    leaf = "X" if ".bias" in updates else "zeros"
+    return found | {f"D.{leaf}": update.bias_scale, f"E.{leaf}": update.bias_shift}
+
+
+def _is_zeros(tensor: Tensor) -> bool:
+    """Whether this is PEFT's stand-in for no path: a whole matrix."""
+    return len(tensor.shape) == 2 and tensor.shape[1] > 1
+
+
+def _glora_told(updates: Mapping[str, Any]) -> dict[str, Any]:
+    weights = {name: u for name, u in updates.items() if not is_bias(name)}
+
+    def word(u: Any) -> str:
+        if len(u.scale) == 2:
+            return "lora"
+        return "none" if _is_zeros(u.scale[0]) else "constant" if len(u.scale[0].shape) == 1 else "vector"
+
+    biased = {u.bias_scale.size for name, u in updates.items() if is_bias(name)}
+    return {
+        "r": max(u.scale[0].shape[1] if len(u.scale) == 2 else 1 for u in weights.values()),
+        "config_A_B": only(weights, word),
+        "config_C": "none",
+        "config_D_E": "none" if not biased else "constant" if biased == {1} else "vector",
+    }
+
+
+def _deft(words: Words, slots: Slots, module: str) -> dict[str, Any]:
+    alpha, rank = words.number("alpha", 0), slots["basis"].shape[-1] if slots["basis"].shape else 1
+    method = str(words.table.get("decomposition_method", "relu"))
+    return {"method": method, "scale": alpha / max(rank, 1) if alpha and "content" in slots else 1.0}
+
+
+def _category(module: str) -> str:
+    """FRoD's name for the modules that share a basis: the last part, or the last two."""
+    parts = module.split(".")
+    if len(parts) == 1 or parts[-2].isdigit():
+        return f".{parts[-1]}"
+    name = "_".join(parts[-2:])
+    return ".attention_output" if name == "output_dense" and parts[-3:-2] == ["attention"] else f".{name}"
+
+
+_END: Mapping[str, str] = {"weight": "", "bias": ".bias"}
+
+
+def _shifted(update: Any) -> Tensor:
+    """The vector [1,o] that a bias is shifted by, scaled as the update is."""
+    tensor = update.value.reshape(1, update.value.size)
+    return tensor if update.scaling == 1.0 else Tensor.of((tensor.float() * update.scaling).astype(np.float32))
+
+
+def _token_indices(words: Words) -> list[int]:
+    told = words.table.get("token_indices")
+    if not isinstance(told, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in told):
+        raise FormatError("token_indices does not tell the rows", words.where)
+    return told
+
+
+def _ia3_settings(words: Words, slots: Slots, module: str) -> dict[str, Any]:
+    """Whether the inputs are rescaled: for a Linear its shape shows it, else the configuration says it."""
+    shape = slots["vector"].shape
+    if len(shape) == 2 and shape != (1, 1):
+        return {"on_input": shape[0] == 1, "centre": 1.0}
+    named = words.table.get("feedforward_modules")
+    if isinstance(named, str):
+        return {"on_input": words.fits(named, module), "centre": 1.0}
+    if named is not None and not (isinstance(named, list) and all(isinstance(n, str) for n in named)):
+        raise FormatError("feedforward_modules is no list of names", words.where)
+    return {"on_input": any(module.endswith(n) for n in named or ()), "centre": 1.0}
+
+
+def _ia3(row: Row, words: Words, slots: Slots, module: str) -> dict[str, Update]:
+    """The weight's update, and where outputs are rescaled the bias' too."""
+    update = _from_fields(row, words, slots, module)
+    bias = IA3(slots["vector"], centre=1.0)
+    return {"": update} if getattr(update, "on_input") else {"": update, ".bias": bias}  # noqa: B009
+
+
+def _ia3_agrees(updates: Mapping[str, Any]) -> bool:
+    """PEFT's own: factors around 1, the bias of each layer whose outputs are rescaled with it."""
+    outputs = {name: u for name, u in updates.items() if not is_bias(name) and not u.on_input}
+    return all(u.centre == 1.0 for u in updates.values()) and all(
+        (own := updates.get(f"{name}.bias")) is not None and _same(own.vector, u.vector) for name, u in outputs.items()
+    )
+
+
+def _lycoris(words: Words, slots: Slots, module: str) -> dict[str, Any]:
+    alphas = Patterns(words.table_of("alpha_pattern"), "alpha_pattern", words.where)
+    told = Words({"alpha": alphas.get(module, words.table.get("alpha"))}, words.where)
+    return {"alpha": float(told.number("alpha", 8))}
+
+
+def _rank_of(words: Words, module: str) -> int:
+    ranks = Patterns(words.table_of("rank_pattern"), "rank_pattern", words.where)
+    return Words({"r": ranks.get(module, words.table.get("r"))}, words.where).count("r", 8)
+
+
+def _of_rank(row: Row, words: Words, slots: Slots, module: str) -> dict[str, Update]:
+    """An update of LyCORIS' kinds: the configuration must know its rank, since alpha is divided by that."""
+    update = _from_fields(row, words, slots, module)
+    if update.rank not in (None, told := _rank_of(words, module)):
+        raise FormatError(f"the configuration says rank {told}, the tensors have rank {update.rank}")
+    return {"": update}
+
+
+def _lokr(words: Words, slots: Slots, module: str) -> dict[str, Any]:
+    whole = {} if slots.keys() & {"w1_b", "w2_b"} else {"stated_rank": _rank_of(words, module)}
+    return {**_lycoris(words, slots, module), **whole}
+
+
+def _lycoris_told(updates: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **patterned(updates, lambda u: u.rank, "r", "rank_pattern"),
+        **patterned(updates, lambda u: u.scaling * u.rank, "alpha", "alpha_pattern"),
+    }
+
+
+def _lokr_told(updates: Mapping[str, Any]) -> dict[str, Any]:
+    """The rank and the way of factorising that give every module its halves. Raises ValueError where none does."""
+    ranks = {name: u.rank or u.stated_rank or max(u.told) for name, u in updates.items()}
+    alphas = {name: u.scaling * ranks[name] for name, u in updates.items()}
+    factors = [-1, *sorted({side for u in updates.values() for side in _first_half(u)})]
+    for factor in factors:
+        for both in (False, True):
+            if all(_lokr_slots(u, ranks[n], factor, both) == _lokr_shape(u) for n, u in updates.items()):
+                return {
+                    **split(ranks, "r", "rank_pattern"),
+                    **split(alphas, "alpha", "alpha_pattern"),
+                    "decompose_factor": factor,
+                    "decompose_both": both,
+                    "use_effective_conv2d": any(u.t2 for u in updates.values()),
+                }
+    raise ValueError("halves that no configuration gives")
+
+
+def _first_half(update: Any) -> tuple[int, int]:
+    """(a, c) of the first half."""
+    return update.w1.shape[:2] if update.w1 else (update.w1_a.shape[0], update.w1_b.shape[1])
+
+
+def _lokr_shape(update: Any) -> tuple[Any, ...]:
+    return (_first_half(update), update.w1 is not None, update.w2 is not None)
+
+
+def _lokr_slots(update: Any, rank: int, factor: int, both: bool) -> tuple[Any, ...]:
+    """What PEFT would make of a weight of this shape: (a, c), and which halves are whole."""
+    (a, b), (c, d) = (factorised(side, factor) for side in update.told[:2])
+    return ((a, c), not (both and rank < max(a, c) / 2), not rank < max(b, d) / 2)
+
+
+def factorised(size: int, factor: int) -> tuple[int, int]:
+    """Two factors of ``size``: the first is ``factor``, or the next smaller one that is nearer the square root."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = size if factor == -1 else factor
+    one = 1
+    for n in range(2, math.isqrt(size) + 1):
+        if size % n == 0 and n <= limit:
+            one = n
+    return one, size // one
+
+
+def _oft(words: Words, slots: Slots, module: str) -> dict[str, Any]:
+    terms = words.count("num_cayley_neumann_terms", 5) if words.flag("use_cayley_neumann", True) else 0
+    eps = words.number("eps", 6e-5) if words.flag("coft") else None
+    return {"block_share": words.flag("block_share"), "neumann_terms": terms, "eps": eps}
+
+
+def _oft_told(updates: Mapping[str, Any]) -> dict[str, Any]:
+    eps = only(updates, lambda u: u.eps)
+    terms = only(updates, lambda u: getattr(u, "neumann_terms", 0))
+    return {
+        "oft_block_size": only(updates, lambda u: u.span),
+        "r": 0,
+        "block_share": only(updates, lambda u: u.block_share),
+        "coft": eps is not None,
+        "eps": 6e-5 if eps is None else eps,
+        "use_cayley_neumann": bool(terms),
+        "num_cayley_neumann_terms": terms or 5,
+        **_transposed(updates),
+    }
+
+
+def share(counts: Iterable[tuple[int, int]]) -> float:
+    """A number whose products with the second of each pair, rounded down, give the first. Raises ValueError."""
+    pairs = list(counts)
+    if not all(size for _, size in pairs):
+        raise ValueError("the shapes are not known")
+    low, high = max(n / size for n, size in pairs), min((n + 1) / size for n, size in pairs)
+    found = (low + high) / 2
+    if any(int(size * found) != n for n, size in pairs):
+        raise ValueError("updates that one configuration cannot describe")
+    return float(found)
 
 
 ROWS: tuple[Row, ...] = (
@@ -508,19 +806,21 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "MISS",
-        (Miss,),
+        (Miss, BlockAffine),
         (("block", ".miss_block"),),
         gain=("block",),
         settings=_miss,
         told=_miss_told,
+        build=_miss_built,
     ),
     Row(
         "BONE",
-        (Bone,),
+        (Bone, BoneAffine),
         (("block", ".bone_block"),),
         gain=("block",),
         settings=_miss,
         told=_miss_told,
+        build=_miss_built,
     ),
     Row(
         "UNILORA",
@@ -582,7 +882,7 @@ ROWS: tuple[Row, ...] = (
             "r": only(updates, lambda u: u.rank),
             "lora_alpha": only(updates, lambda u: u.alpha) or None,
             "save_precomputed_indices": True,
-            "sparsity": _sparsity(updates),
+            "sparsity": 1 - share({(u.values.size, math.prod(u.plain)) for u in updates.values()}),
         },
     ),
     Row(
@@ -591,6 +891,156 @@ ROWS: tuple[Row, ...] = (
         (("kernel", ".c3a_kernel"),),
         gain=("kernel",),
         told=lambda updates: patterned(updates, lambda u: u.kernel.shape[2], "block_size", "block_size_pattern"),
+    ),
+    Row(
+        "HRA",
+        (Householder,),
+        (("vectors", ".hra_u"),),
+        settings=lambda words, slots, module: {"orthogonal": words.flag("apply_GS")},
+        told=lambda updates: {
+            "r": only(updates, lambda u: u.rank),
+            "apply_GS": only(updates, lambda u: u.orthogonal),
+        },
+    ),
+    Row(
+        "HIRA",
+        (Hira,),
+        (
+            ("down", ".hira_A"),
+            ("up", ".hira_B"),
+            ("embedding_down", ".hira_embedding_A"),
+            ("embedding_up", ".hira_embedding_B"),
+        ),
+        told=lambda updates: {**patterned(updates, lambda u: u.rank, "r", "rank_pattern"), **_transposed(updates)},
+        build=_hira,
+        take=_hira_taken,
+    ),
+    Row(
+        "ROAD",
+        (Road,),
+        (("theta", ".road_theta"), ("alphas", ".road_alpha")),
+        settings=_road,
+        told=lambda updates: {
+            "variant": f"road_{only(updates, lambda u: u.variant)}",
+            "group_size": only(updates, lambda u: u.group),
+        },
+        build=_turned,
+        agrees=_with_biases,
+    ),
+    Row(
+        "GLORA",
+        (Glora,),
+        tuple((f"{path}.{leaf}", f".glora_{path}.{leaf}") for path in "ABCDE" for leaf in ("Xd", "Xu", "X", "zeros")),
+        told=_glora_told,
+        build=_glora,
+        take=_glora_taken,
+    ),
+    Row(
+        "DEFT",
+        (Injection,),
+        (("basis", ".deft_P"), ("content", ".deft_R")),
+        optional=frozenset(["content"]),
+        settings=_deft,
+        told=lambda updates: {
+            "r": only(updates, lambda u: u.rank),
+            "alpha": only(updates, lambda u: u.scale * u.rank),
+            "decomposition_method": only(updates, lambda u: u.method),
+            "para": only(updates, lambda u: u.content is None),
+            **_transposed(updates),
+        },
+    ),
+    Row(
+        "OSF",
+        (Subspace,),
+        (
+            ("up", ".osf_svd_params.U_low"),
+            ("values", ".osf_svd_params.S_low"),
+            ("down", ".osf_svd_params.V_low"),
+        ),
+        told=lambda updates: patterned(updates, lambda u: min(u.known) - u.rank, "effective_rank", "rank_pattern"),
+    ),
+    Row(
+        "FROD",
+        (Frod,),
+        (("diagonal", ".frod_lambda_l"), ("values", ".frod_lambda_s_values")),
+        shared=(("basis", "frod_V"), ("index", "frod_s_indices"), ("extent", "frod_s_size")),
+        family=_category,
+        told=lambda updates: {
+            "save_projection": True,
+            "sparse_rate": share({(u.values.size, u.diagonal.size**2) for u in updates.values()}),
+            **_transposed(updates),
+        },
+    ),
+    Row(
+        "LN_TUNING",
+        (LnTuning,),
+        (("weight", ".ln_tuning_layers.weight"), ("bias", ".ln_tuning_layers.bias")),
+        build=lambda row, words, slots, module: {_END[name]: LnTuning(tensor) for name, tensor in slots.items()},
+        take=lambda row, updates: {n: updates[end].slots["value"] for n, end in _END.items() if end in updates},
+    ),
+    Row(
+        "BEFT",
+        (BiasShift,),
+        (("bias", ".beft_bias"),),
+        build=lambda row, words, slots, module: {".bias": BiasShift(slots["bias"].reshape(slots["bias"].size))},
+        take=lambda row, updates: {"bias": _shifted(updates[".bias"])},
+    ),
+    Row(
+        "TRAINABLE_TOKENS",
+        (Tokens,),
+        (("tokens", ".trainable_tokens_delta"),),
+        build=lambda row, words, slots, module: {"": Tokens.at(_token_indices(words), slots["tokens"])},
+        take=lambda row, updates: {"tokens": updates[""].slots["value"]},
+        told=lambda updates: {"token_indices": list(only(updates, lambda u: tuple(u.indices)))},
+    ),
+    Row(
+        "IA3",
+        (IA3,),
+        (("vector", ".ia3_l"),),
+        settings=_ia3_settings,
+        told=lambda updates: {
+            "feedforward_modules": sorted(name for name, u in updates.items() if u.on_input),
+            **_transposed(updates),
+        },
+        build=_ia3,
+        agrees=_ia3_agrees,
+    ),
+    Row(
+        "LOHA",
+        (LoHa,),
+        tuple((name, f".hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        optional=frozenset(["t1", "t2"]),
+        settings=_lycoris,
+        told=lambda updates: {**_lycoris_told(updates), "use_effective_conv2d": any(u.t1 for u in updates.values())},
+        build=_of_rank,
+    ),
+    Row(
+        "LOKR",
+        (LoKr,),
+        tuple((name, f".lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+        optional=frozenset(["w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"]),
+        settings=_lokr,
+        told=_lokr_told,
+        build=_of_rank,
+    ),
+    Row(
+        "OFT",
+        (PeftOFT, PeftOldOFT),
+        (("oft_R", ".oft_R.weight"), ("oft_r", ".oft_r"), ("oft_s", ".oft_s")),
+        optional=frozenset(["oft_s"]),
+        settings=_oft,
+        told=_oft_told,
+    ),
+    Row(
+        "BOFT",
+        (PeftBOFT,),
+        (("boft_R", ".boft_R"), ("boft_s", ".boft_s")),
+        told=lambda updates: {
+            "boft_block_size": only(updates, lambda u: u.boft_R.shape[2]),
+            "boft_block_num": 0,
+            "boft_n_butterfly_factor": only(updates, lambda u: u.boft_R.shape[0]),
+            **_transposed(updates),
+        },
     ),
 )
 BY_NAME: Mapping[str, Row] = {row.name: row for row in ROWS}

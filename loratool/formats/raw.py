@@ -234,10 +234,11 @@ def write(adapter: Adapter, path: Path) -> None:
     tensors: dict[str, Tensor] = dict(adapter.carried)
     extra: dict[str, dict[str, Any]] = {}
     others: dict[str, Any] = {}
+    named: dict[int, str] = {}
     for name, update in adapter.updates.items():
         parts = update.parts if isinstance(update, Sum) else (update,)
         if not all(map(_is_plain, parts)):
-            others[name], own = kinds.spelled(update, name)
+            others[name], own = kinds.spelled(update, name, named)
             tensors.update(own)
             continue
         for number, part in enumerate(parts, 1):
@@ -265,7 +266,7 @@ def write(adapter: Adapter, path: Path) -> None:
 def _is_plain(update: Update) -> bool:
     """Whether pairs (and whole deltas) say it."""
     inner = update.direction if isinstance(update, DoRA) else update
-    return isinstance(inner, LowRank) or isinstance(update, Dense)
+    return isinstance(inner, LowRank) or type(update) is Dense
 
 
 def stored(update: Update, bias: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loratool.errors import FormatError
-from loratool.kinds import composed, factored
+from loratool.kinds import based, composed, factored
 from loratool.kinds.experts import Experts
 from loratool.kinds.glora import GLoRA
 from loratool.kinds.hadamard import LoHa
@@ -27,7 +27,7 @@ from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Replace, Rows, S
 _CLASSES: tuple[type[Update], ...] = (
     *(LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked),
     *(Experts, Tokens, Truncated),
-    *(*factored.KINDS, *composed.KINDS),
+    *(*factored.KINDS, *composed.KINDS, *based.KINDS),
     *(LoHa, LoKr, GLoRA, IA3, OFT, SegmentOFT, BOFT, PeftOFT, PeftOldOFT, PeftBOFT),
 )
 _DEPTH = 8  # updates inside updates: rows of a sum of DoRAs is three
@@ -95,11 +95,18 @@ def _together(value: Any) -> Any:
     return tuple(_together(item) for item in value) if isinstance(value, list) else value
 
 
-def spelled(update: Update, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An update as pure JSON, each tensor as ``{"tensor": name}``, and the tensors by name: ``<prefix>.<field>``."""
+def spelled(
+    update: Update, prefix: str, named: dict[int, str] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An update as pure JSON, each tensor as ``{"tensor": name}``, and the tensors by name: ``<prefix>.<field>``.
+
+    ``named`` holds the names of tensors (by id) that were spelled before: one that several updates share is named once.
+    """
     words = stored(update)
     found = _leaves(words)
-    names = {id(tensor): f"{prefix}.{path}" for path, tensor in found.items()}  # one used twice is named once
+    names = {} if named is None else named
+    for path, tensor in found.items():
+        names.setdefault(id(tensor), f"{prefix}.{path}")
     return _named(words, names), {names[id(tensor)]: tensor for tensor in found.values()}
 
 

@@ -18,7 +18,7 @@ from loratool.kinds.factored import entries
 from loratool.kinds.truncated import smallest
 from loratool.kinds.tuner import Tuner, axes, chained, double
 from loratool.tensors import Array, Tensor
-from loratool.update import Layer, Load, LowRank, Prepared, Update, cast, namespace
+from loratool.update import Dense, Layer, Load, LowRank, Prepared, Replace, Update, cast, namespace
 
 Block = tuple[int, int, Array]
 
@@ -458,4 +458,19 @@ class Frod(Tuner):
         return Prepared(lambda start, stop, base: ((base @ back) @ held[0] - base) * strength, scan)
 
 
-KINDS = (Householder, Hira, BlockAffine, BoneAffine, Road, Glora, Injection, Subspace, Frod)
+class LnTuning(Replace):
+    """LN tuning: the weight or bias of a norm, trained whole."""
+
+    @property
+    def kind(self) -> str:
+        return "ln_tuning"
+
+
+@dataclass(frozen=True)
+class BiasShift(Dense):
+    """BEFT: what is added to a layer's bias; value [o]."""
+
+    kind: str = "beft"
+
+
+KINDS = (LnTuning, BiasShift, Householder, Hira, BlockAffine, BoneAffine, Road, Glora, Injection, Subspace, Frod)
