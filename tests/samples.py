@@ -13,6 +13,11 @@ import numpy as np
 
 import loratool
 from loratool.adapter import Adapter, Metadata
+from loratool.kinds.glora import GLoRA
+from loratool.kinds.hadamard import LoHa
+from loratool.kinds.kronecker import LoKr
+from loratool.kinds.rescale import IA3
+from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.tensors import Tensor, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Sum, Update
 
@@ -44,7 +49,58 @@ def magnitude(*shape: int) -> Tensor:
     return Tensor.of(1 + np.abs(normal(*shape, seed=9).array()))
 
 
+def loha(o: int = 7, i: int = 5, r: int = 2, seed: int = 0, **more: Any) -> LoHa:
+    """A LoHa of an [o,i] weight, alpha 3 unless said otherwise."""
+    a, b = normal(o, r, seed=seed), normal(r, i, seed=seed + 1)
+    return LoHa(a, b, normal(o, r, seed=seed + 2), normal(r, i, seed=seed + 3), **{"alpha": 3.0} | more)
+
+
+def tucker_loha(o: int = 7, i: int = 5, r: int = 2, *kernel: int, **more: Any) -> LoHa:
+    """A LoHa around two cores, its outer factors stored transposed."""
+    one, other = (normal(r, o), normal(r, i, seed=1)), (normal(r, o, seed=2), normal(r, i, seed=3))
+    t1, t2 = normal(r, r, *kernel, seed=4), normal(r, r, *kernel, seed=5)
+    return LoHa(*one, *other, t1, t2, **{"alpha": 3.0} | more)
+
+
+def lokr(**more: Any) -> LoKr:
+    """A LoKr of a [12,10] weight: w1 [3,2] whole, w2 a pair [4,2] [2,5], alpha 3."""
+    given = {"w1": normal(3, 2), "w2_a": normal(4, 2, seed=1), "w2_b": normal(2, 5, seed=2), "alpha": 3.0}
+    return LoKr(**{**given, **more})
+
+
+WHOLE_LOKR = {"w1": normal(3, 2), "w2": normal(4, 5, seed=1), "w2_a": None, "w2_b": None}
+LYCORIS: Mapping[str, Update] = {
+    "loha": loha(),
+    "loha_half_precision": replace(loha(7, 6), w1_a=normal(7, 2, dtype="F16"), w2_b=normal(2, 6, dtype="BF16")),
+    "loha_of_two_widths": replace(loha(), w1_a=normal(7, 2, dtype="F64")),
+    "loha_flattened": loha(7, 5 * 6, weight=(7, 5, 3, 2)),
+    "loha_tucker": tucker_loha(7, 5, 2, 3, 2),
+    "lokr": lokr(),
+    "lokr_whole": lokr(**WHOLE_LOKR, stated_rank=2),
+    "lokr_both_factorised": lokr(w1=None, w1_a=normal(3, 2, seed=3), w1_b=normal(2, 2, seed=4)),
+    "lokr_flattened": lokr(w2_b=normal(2, 5 * 6, seed=2), weight=(12, 10, 3, 2)),
+    "lokr_tucker": lokr(w2_a=normal(2, 4), w2_b=normal(2, 5), t2=normal(2, 2, 2, 1, 3, dtype="BF16")),
+    "dora_of_loha": DoRA(loha(), magnitude(7, 1)),
+    "dora_of_lokr_by_input": DoRA(lokr(), magnitude(1, 10), axis=1),
+    "ia3": IA3(normal(7), weight=(7, 5)),
+    "ia3_on_input": IA3(normal(1, 5, 1, 1), on_input=True, weight=(7, 5, 3, 2)),
+    "ia3_transposed": IA3(normal(7, 1), centre=1.0, layer="transposed", weight=(5, 7)),
+    "glora": GLoRA(normal(5, 2), normal(2, 5), normal(7, 2), normal(2, 5, seed=1), alpha=3.0),
+    "glora_old": GLoRA(normal(2, 5), normal(5, 2), normal(2, 5, seed=1), normal(7, 2), rank_stabilised=True),
+    "glora_conv": GLoRA(normal(5, 2, 1, 1), normal(2, 5, 1, 1), normal(7, 2, 1, 1), normal(2, 5, 3, 2)),
+    "oft": OFT(normal(3, 4, 4), magnitude(12, 1), alpha=0.05, weight=(12, 5)),
+    "oft_direct": OFT(normal(3, 4, 4), direct=True, weight=(12, 5, 2)),
+    "oft_transposed": OFT(normal(3, 4, 4), magnitude(12), layer="transposed", weight=(5, 12)),
+    "oft_of_segments": SegmentOFT((normal(2, 3, 3), normal(2, 4, 4)), alpha=0.1, weight=(14, 5)),
+    "boft": BOFT(normal(2, 2, 6, 6), magnitude(12, 1), weight=(12, 5)),
+    "peft_oft": PeftOFT(normal(2, 6), neumann_terms=0, weight=(7, 8)),
+    "peft_oft_shared": PeftOFT(normal(1, 6), block_share=True, neumann_terms=3, eps=0.2, weight=(5, 2, 2, 4)),
+    "peft_oft_transposed": PeftOFT(normal(2, 6), neumann_terms=2, layer="transposed", weight=(8, 7)),
+    "peft_old_oft": PeftOldOFT(normal(2, 4, 4), magnitude(7, 1), weight=(7, 8)),
+    "peft_boft": PeftBOFT(normal(2, 2, 4, 4), magnitude(7, 1), weight=(7, 8)),
+}
 UPDATES: Mapping[str, Update] = {
+    **LYCORIS,
     "lora": low(),
     "lora_without_alpha": low(alpha=None),
     "lora_alpha_zero": low(alpha=0.0),

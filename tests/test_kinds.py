@@ -17,7 +17,8 @@ from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.tensors import Tensor
 from loratool.update import Additive, DoRA, Update, rows
-from tests.samples import normal
+from tests.samples import WHOLE_LOKR as WHOLE
+from tests.samples import loha, lokr, magnitude, normal, tucker_loha
 
 
 def close(one: Any, other: Any, tolerance: float = 1e-5) -> None:
@@ -44,21 +45,9 @@ def torch_of(tensor: Tensor | np.ndarray) -> Any:
 # -- LoHa ----------------------------------------------------------------------------------------------------
 
 
-def loha(o: int = 12, i: int = 10, r: int = 2, seed: int = 0, **more: Any) -> LoHa:
-    a, b = normal(o, r, seed=seed), normal(r, i, seed=seed + 1)
-    return LoHa(a, b, normal(o, r, seed=seed + 2), normal(r, i, seed=seed + 3), **{"alpha": 3.0} | more)
-
-
-def tucker_loha(o: int = 12, i: int = 10, r: int = 2, *kernel: int, **more: Any) -> LoHa:
-    one = normal(r, o), normal(r, i, seed=1)
-    other = normal(r, o, seed=2), normal(r, i, seed=3)
-    t1, t2 = normal(r, r, *kernel, seed=4), normal(r, r, *kernel, seed=5)
-    return LoHa(*one, *other, t1, t2, **{"alpha": 3.0} | more)
-
-
 def test_loha_is_the_product_of_two_products() -> None:
     """Section 3.3, in float64."""
-    update = loha()
+    update = loha(12, 10)
     expected = 1.5 * (wide(update.w1_a) @ wide(update.w1_b)) * (wide(update.w2_a) @ wide(update.w2_b))
     close(update.delta(), expected)
 
@@ -68,7 +57,7 @@ def test_loha_scales_once() -> None:
     import torch
     from lycoris.functional.loha import diff_weight
 
-    update = loha()
+    update = loha(12, 10)
     halves = [torch_of(t) for t in (update.w1_b, update.w1_a, update.w2_b, update.w2_a)]
     close(update.delta(), diff_weight(*halves, None, None, gamma=torch.tensor(1.5)))
 
@@ -140,13 +129,6 @@ def test_a_flattened_kernel_unfolds_where_the_base_tells_it() -> None:
 # -- LoKr ----------------------------------------------------------------------------------------------------
 
 
-def lokr(**more: Any) -> LoKr:
-    """w1 whole [3,2], w2 a pair [4,2] [2,5]: a weight [12,10]."""
-    given = {"w1": normal(3, 2), "w2_a": normal(4, 2, seed=1), "w2_b": normal(2, 5, seed=2), "alpha": 3.0}
-    return LoKr(**{**given, **more})
-
-
-WHOLE = {"w1": normal(3, 2), "w2": normal(4, 5, seed=1), "w2_a": None, "w2_b": None}
 PAIRS = {"w1": None, "w1_a": normal(3, 2, seed=3), "w1_b": normal(2, 2, seed=4)}
 LOKRS = {
     "second_factorised": lokr(),
@@ -268,17 +250,17 @@ def test_rows_of_a_lokr_are_a_lokr_where_they_are_rows_of_its_first_half() -> No
     close(first.delta(), LOKRS["both_factorised"].delta()[:8])
 
 
-def test_rows_of_a_loha_are_a_loha() -> None:
-    for update in (loha(), tucker_loha(12, 10, 2, 3, 2), loha(12, 30, weight=(12, 5, 3, 2))):
+def test_rows_of_a_loha_are_a_loha(12, 10) -> None:
+    for update in (loha(12, 10), tucker_loha(12, 10, 2, 3, 2), loha(12, 30, weight=(12, 5, 3, 2))):
         close(update.part(3, 8).delta(), update.delta()[3:8], 1e-6)
 
 
 BROKEN: list[Any] = [
-    (lambda: replace(loha(), w2_b=normal(3, 10)), "rank mismatch in w2"),
+    (lambda: replace(loha(12, 10), w2_b=normal(3, 10)), "rank mismatch in w2"),
     (lambda: LoHa(normal(4, 2), normal(2, 5), normal(4, 2), normal(2, 6)), "differ in shape"),
     (lambda: LoHa(normal(2, 4), normal(2, 5), normal(2, 4), normal(2, 5), normal(2, 2, 3)), "t1 and t2"),
     (lambda: LoHa(normal(2, 4), normal(2, 5), normal(2, 4), normal(2, 5), normal(3, 2, 3), normal(2, 2, 3)), "w1"),
-    (lambda: loha(weight=(12, 5, 3)), "for a weight of shape"),
+    (lambda: loha(12, 10, weight=(12, 5, 3)), "for a weight of shape"),
     (lambda: LoKr(w1=normal(2, 2)), "w2 is stored as nothing"),
     (lambda: lokr(w2=normal(4, 5)), "w2 is stored as w2 and w2_a and w2_b"),
     (lambda: lokr(w2_b=None), "w2 is stored as w2_a"),
@@ -644,17 +626,17 @@ def test_dora_of_loha_and_lokr_is_what_lycoris_merges(kind: str, by_output: bool
         assert update.scaling == direction.scaling
 
 
-def test_rows_of_a_dora_of_a_loha() -> None:
-    update = DoRA(loha(), Tensor.of(1 + np.abs(normal(12, 1).array())))
+def test_rows_of_a_dora_of_a_loha(12, 10) -> None:
+    update = DoRA(loha(12, 10), magnitude(12, 1))
     part, w = rows(update, 3, 9), base(12, 10)
     assert isinstance(part, DoRA)
     assert isinstance(part.direction, LoHa)
     close(part.apply(w[3:9]), update.apply(w)[3:9])
 
 
-def test_a_magnitude_that_fits_neither_side_of_a_loha() -> None:
+def test_a_magnitude_that_fits_neither_side_of_a_loha(12, 10) -> None:
     with pytest.raises(FormatError, match="does not fit 12 outputs"):
-        DoRA(loha(), normal(10))
+        DoRA(loha(12, 10), normal(10))
     with pytest.raises(FormatError, match="does not fit 10 inputs"):
-        DoRA(loha(), normal(3), axis=1)
-    assert DoRA(loha(), normal(5), axis=1).sized((12, 10)) is None
+        DoRA(loha(12, 10), normal(3), axis=1)
+    assert DoRA(loha(12, 10), normal(5), axis=1).sized((12, 10)) is None

@@ -121,7 +121,8 @@ def test_row_blocks_are_the_whole(name: str, strength: float) -> None:
     prepared = update.prepare(Tensor.float, strength)
     if prepared.scan is not None:
         prepared.scan((a, b, base[a:b]) for a, b in rows)
-    blocks = {a: prepared.delta(a, b, base[a:b]) for a, b in reversed(rows)}
+    reach = prepared.reach or (lambda a, b: (a, b))
+    blocks = {a: prepared.delta(a, b, base[slice(*reach(a, b))]) for a, b in reversed(rows)}
     whole = update.apply(base.reshape(update.shape), strength).reshape(base.shape)
     close(base + np.concatenate([blocks[a] for a, _ in rows]), whole, 1e-6)
 

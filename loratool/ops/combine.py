@@ -185,7 +185,7 @@ def _alike(update: Update, first: Update) -> Update:
 
 def _combined(name: str, terms: Sequence[_Term], recipe: Recipe) -> tuple[Update | None, tuple[float, float]]:
     """The combined update of one target, None where it is zero; squared norms of what it misses, and of the whole."""
-    ranks = [term.update.rank for term in terms]
+    ranks = [_rank(term.update) for term in terms]
     rank = recipe.rank if recipe.rank is not None else max((r for r in ranks if r is not None), default=None)
     matrix = not is_bias(name) and len(terms[0].update.shape) > 1
     pair = _factored(terms, recipe) if matrix else None
@@ -194,6 +194,14 @@ def _combined(name: str, terms: Sequence[_Term], recipe: Recipe) -> tuple[Update
     if pair is not None:
         return _from_factors(terms, rank, *pair)
     return _from_dense(terms, rank, _merged(name, terms, recipe), recipe.seed)
+
+
+def _rank(update: Update) -> int | None:
+    """The rank of an update itself, not of what it is made of: a LoHa of rank r is a LoRA of rank r x r."""
+    if update.needs_base or isinstance(update, Factored):
+        return update.rank
+    low = as_low_rank(update)
+    return None if low is None else low.rank
 
 
 def _factored(terms: Sequence[_Term], recipe: Recipe) -> tuple[np.ndarray, np.ndarray] | None:

@@ -177,5 +177,6 @@ def blocks(update: Update, base: Tensor | None) -> Iterator[np.ndarray]:
 
     if prepared.scan is not None:
         prepared.scan((a, b, stored(a, b)) for a, b in spans)
+    reach = prepared.reach or (lambda a, b: (a, b))  # rotations of outputs mix rows
     for a, b in spans:
-        yield np.asarray(prepared.delta(a, b, stored(a, b)), np.float64).reshape(b - a, -1)
+        yield np.asarray(prepared.delta(a, b, stored(*reach(a, b))), np.float64).reshape(b - a, -1)

@@ -121,11 +121,10 @@ class _Module:
         slots = self.update.slots
         down = slots.get("down") or next(iter(slots.values()))
         dtypes = self.stored or down.dtype, self.stored or slots.get("up", down).dtype
-        low = self.update
-        if (pair := factors_of(low)) is None:
-            return replace(dense_piece((low, self.base), choice, dtypes[0]), up_dtype=dtypes[1])
-        first = low.parts[0] if isinstance(low, Sum) else low
-        assert isinstance(first, LowRank)
+        lows, pair = lows_of(self.update), factors_of(self.update)
+        if lows is None or pair is None:
+            return replace(dense_piece((self.update, self.base), choice, dtypes[0]), up_dtype=dtypes[1])
+        first = lows[0]
         shape = first.oriented("plain").shape
         return Piece(
             recompress(*pair), shape, dtypes[0], first.layer, first.scaling, first.rank_stabilised, up_dtype=dtypes[1]
@@ -186,12 +185,19 @@ def padded(update: LowRank, rank: int) -> LowRank:
 
 def factors_of(update: Update) -> tuple[np.ndarray, np.ndarray] | None:
     """up [o,r] and down [r,i*k] in float64, scaling included, as factors are held; None where it has none."""
-    parts = update.parts if isinstance(update, Sum) else (update,)
-    lows = [part for part in parts if isinstance(part, LowRank)]
-    if len(lows) < len(parts) or len({low.layer for low in lows}) > 1:
+    lows = lows_of(update)
+    if lows is None:
         return None
     ups, downs = zip(*map(wide_factors, lows), strict=True)
     return np.concatenate(ups, axis=1), np.concatenate(downs, axis=0)
+
+
+def lows_of(update: Update) -> list[LowRank] | None:
+    """The LoRAs of one orientation that an update is the sum of, exactly; None where there are none."""
+    parts = update.parts if isinstance(update, Sum) else (update,)
+    found = [part if isinstance(part, LowRank) else part.low_rank() for part in parts]
+    lows = [low for low in found if low is not None]
+    return None if len(lows) < len(parts) or len({low.layer for low in lows}) > 1 else lows
 
 
 def dense_piece(placed: Placed, choice: Choice, dtype: str) -> Piece:
