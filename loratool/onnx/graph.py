@@ -389,7 +389,7 @@ def _memory(data: bytes) -> Region:
 
 
 def _number(text: str, where: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise FormatError(f"malformed external data: {text[:20]!r} is no size", where)
     return int(text)
 

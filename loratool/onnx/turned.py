@@ -10,7 +10,7 @@ import numpy as np
 
 from loratool.onnx.operands import Layout
 from loratool.tensors import Array, Tensor, numpy_dtype
-from loratool.update import Load, LowRank, Prepared, Replace, Update
+from loratool.update import DoRA, Load, LowRank, Prepared, Replace, Update
 
 Block = tuple[int, int, Array]
 
@@ -24,10 +24,8 @@ def stored(update: Update, shape: tuple[int, ...], layout: Layout, rows: np.ndar
         return _low_rank(update, shape, layout, rows)
     if rows is None and layout == "plain":
         return update
-    if rows is None and layout == "transposed" and hasattr(update, "oriented"):
-        found = update.oriented("transposed").sized(shape)
-        if found is not None:
-            return found  # type: ignore[no-any-return]
+    if rows is None and layout == "transposed" and isinstance(update, DoRA) and isinstance(update.direction, LowRank):
+        return update.oriented("transposed")
     if rows is None and isinstance(update, Replace):
         return Replace(restored(update.value, layout))
     return Turned(update, shape, layout, None if rows is None else tuple(rows.tolist()))
