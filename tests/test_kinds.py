@@ -250,7 +250,7 @@ def test_rows_of_a_lokr_are_a_lokr_where_they_are_rows_of_its_first_half() -> No
     close(first.delta(), LOKRS["both_factorised"].delta()[:8])
 
 
-def test_rows_of_a_loha_are_a_loha(12, 10) -> None:
+def test_rows_of_a_loha_are_a_loha() -> None:
     for update in (loha(12, 10), tucker_loha(12, 10, 2, 3, 2), loha(12, 30, weight=(12, 5, 3, 2))):
         close(update.part(3, 8).delta(), update.delta()[3:8], 1e-6)
 
@@ -626,7 +626,7 @@ def test_dora_of_loha_and_lokr_is_what_lycoris_merges(kind: str, by_output: bool
         assert update.scaling == direction.scaling
 
 
-def test_rows_of_a_dora_of_a_loha(12, 10) -> None:
+def test_rows_of_a_dora_of_a_loha() -> None:
     update = DoRA(loha(12, 10), magnitude(12, 1))
     part, w = rows(update, 3, 9), base(12, 10)
     assert isinstance(part, DoRA)
@@ -634,7 +634,7 @@ def test_rows_of_a_dora_of_a_loha(12, 10) -> None:
     close(part.apply(w[3:9]), update.apply(w)[3:9])
 
 
-def test_a_magnitude_that_fits_neither_side_of_a_loha(12, 10) -> None:
+def test_a_magnitude_that_fits_neither_side_of_a_loha() -> None:
     with pytest.raises(FormatError, match="does not fit 12 outputs"):
         DoRA(loha(12, 10), normal(10))
     with pytest.raises(FormatError, match="does not fit 10 inputs"):
