@@ -14,9 +14,11 @@ from functools import cached_property
 
 from loratool.adapter import Adapter, is_bias, parameter
 from loratool.architectures import Slot
+from loratool.architectures.layouts import RENAMED_PARTS, renamed_parts
 from loratool.architectures.llm import CONV1D_MODELS, CONV1D_NAMES, RENAMED_PREFIXES, experts_transposed
 from loratool.errors import MatchError
 from loratool.kinds.experts import Experts
+from loratool.layouts import Layouts
 from loratool.model import Model
 from loratool.update import Update
 
@@ -70,11 +72,19 @@ class Names:
         bare = self.find(target) if isinstance(hit, Unmatched) else hit
         return hit if isinstance(bare, Unmatched) else bare
 
+    def known(self, name: str) -> str | None:
+        """The base's own name of a parameter, None where it has none or several."""
+        hit = self.find(name)
+        return None if isinstance(hit, Unmatched) else hit[0]
+
     def _renamed(self, name: str) -> list[str]:
-        """Names under the prefixes that known models changed."""
+        """Names under the prefixes, and with the parts, that known models changed."""
         pairs = [*RENAMED_PREFIXES, *((b, a) for a, b in RENAMED_PREFIXES)]
-        moved = (b + name.removeprefix(a) for a, b in pairs if name.startswith(a))
-        return [m for m in moved if m in self.places]
+        moved = [b + name.removeprefix(a) for a, b in pairs if name.startswith(a)]
+        other = (renamed_parts(name, family, back) for family in RENAMED_PARTS for back in (False, True))
+        moved += [new for new in dict.fromkeys(other) if new != name]
+        inside = [there for new in moved if new not in self.places for there in self._suffix(new)]
+        return [m for m in moved if m in self.places] or inside
 
     def _suffix(self, name: str) -> list[str]:
         """Names that have leading segments more, or fewer; a layer number is never among these."""
@@ -141,22 +151,33 @@ def match(adapter: Adapter, model: Model) -> tuple[list[Match], list[Unmatched]]
     names = Names(model.places)
     found: list[Match] = []
     unmatched: list[Unmatched] = []
-    taken: dict[Slot, str] = {}
+    taken: dict[tuple[Slot, object], str] = {}
+    layouts = Layouts(model, names.known)
+
+    def take(target: str, place: Slot, lines: object = None) -> None:
+        """A place is taken once; ``lines`` are those of a stack's entry."""
+        if (place, lines) in taken:
+            raise MatchError(
+                f"two modules of the adapter mean one place, {module_of(place.tensor)}",
+                f"{adapter.spelling(taken[place, lines])} and {adapter.spelling(target)}",
+                "one of them is misnamed",
+            )
+        taken[place, lines] = target
+
     for target, update in adapter.updates.items():
         hit = names.find_target(target)
+        if isinstance(hit, Unmatched) and (elsewhere := layouts.places(target, update)):
+            for part, place in elsewhere:
+                take(target, place, getattr(part, "lines", None))
+                found.append(Match(target, orient(part, target, place, model), place, "layout"))
+            continue
         if isinstance(hit, Unmatched):
             if not (update.homogeneous and is_bias(target)):
                 unmatched.append(Unmatched(adapter.spelling(target), hit.why))
             continue
         name, how = hit
         place = model.places[name]
-        if place in taken:
-            raise MatchError(
-                f"two modules of the adapter mean one place, {module_of(name)}",
-                f"{adapter.spelling(taken[place])} and {adapter.spelling(target)}",
-                "one of them is misnamed",
-            )
-        taken[place] = target
+        take(target, place)
         found.append(Match(target, orient(update, target, place, model), place, how))
     return found, unmatched
 

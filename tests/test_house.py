@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kinds/*",),
     ("adapter", "keys", "linalg", "devices"),
     ("model", "plan"),
+    ("layouts",),
     ("names",),
     ("onnx/*",),
     ("formats/*", "ops/*"),

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loratool.errors import FormatError
 from loratool.kinds import based, composed, factored
+from loratool.kinds.entries import AdditiveEntry, Entry
 from loratool.kinds.experts import Experts
 from loratool.kinds.glora import GLoRA
 from loratool.kinds.hadamard import LoHa
@@ -26,7 +27,7 @@ from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Replace, Rows, S
 
 _CLASSES: tuple[type[Update], ...] = (
     *(LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked),
-    *(Experts, Tokens, Truncated),
+    *(Experts, Entry, AdditiveEntry, Tokens, Truncated),
     *(*factored.KINDS, *composed.KINDS, *based.KINDS),
     *(LoHa, LoKr, GLoRA, IA3, OFT, SegmentOFT, BOFT, PeftOFT, PeftOldOFT, PeftBOFT),
 )
