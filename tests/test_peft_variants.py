@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 import loratool
-from loratool.adapter import Adapter
-from loratool.errors import FormatError, MatchError
+from loratool.adapter import Adapter, Metadata
+from loratool.errors import FormatError, LossError, MatchError
 from loratool.kinds.experts import Experts
 from loratool.kinds.tokens import Tokens
 from loratool.model import read_model
 from loratool.tensors import Tensor, read_safetensors
+from loratool.update import Dense, DoRA, LowRank
 from tests import models
-from tests.samples import PEFT_CONFIG, assert_same_adapter, model, normal, peft_folder, peft_pair
+from tests.samples import PEFT_CONFIG, assert_same_adapter, low, magnitude, model, normal, peft_folder, peft_pair
 
 PREFIX = "base_model.model."
 CONFIG: dict[str, Any] = {**PEFT_CONFIG, "peft_version": "0.21.2"}
@@ -104,6 +105,35 @@ def make_toy(name: str) -> Any:
     for parameter, value in model.named_parameters():
         value.data.copy_(models.visible(parameter, value))
     return model
+
+
+def make_small(name: str, layers: int = 1) -> Any:
+    """A transformer of a layer."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 8, "tie_word_embeddings": name in ("llama_tied", "gpt2"), "intermediate_size": 24}
+    moe = sizes | {"num_local_experts": 3, "num_experts_per_tok": 2}
+    if name == "gpt_oss":  # as the real one: down_proj is square, [E,in,out]
+        return transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(**models.TEXT, **moe | {"intermediate_size": 16})
+        )
+    if name == "llama4":
+        config = transformers.Llama4TextConfig(**models.TEXT, **moe, intermediate_size_mlp=24)
+        return transformers.Llama4ForCausalLM(config)
+    if name == "gpt2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**models.TEXT, n_embd=16, n_layer=1, n_head=2))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**models.TEXT, **sizes))
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """A model with visible values, as transformers saves it."""
+    import torch
+
+    torch.manual_seed(0)
+    for parameter, value in model.named_parameters():
+        value.data.copy_(models.visible(parameter, value))
+    return models.save_model(model, folder, {})
 
 
 def toy_base(name: str, folder: Path) -> Path:
@@ -219,8 +249,6 @@ def test_stacked_experts_equal_peft(name: str, more: dict[str, Any], tmp_path: P
 )
 def test_attention_equals_peft(more: dict[str, Any], tmp_path: Path) -> None:
     """llm trap 29: PEFT counts out_proj twice, forward and merge alike; so does what was trained with it."""
-    from peft import LoraModel  # noqa: F401 - the oracle must be there
-
     adapter = check_toy("attention", lora_config(**{"target_modules": ["attn"]} | more), tmp_path)
     assert {"attn.in_proj_weight", "attn.out_proj"} <= set(adapter.updates)
     assert adapter.updates["attn.out_proj"].scaling == 2 * adapter.updates["attn.in_proj_weight"].scaling
@@ -285,16 +313,15 @@ def test_kasa_equals_peft(tmp_path: Path) -> None:
         ("llama_tied", {"embed_tokens": [1, 2], "lm_head": [4]}, {}),
     ],
 )
-def test_trained_tokens_equal_peft(name: str, indices: Any, more: dict[str, Any], base: Make, tmp_path: Path) -> None:
+def test_trained_tokens_equal_peft(name: str, indices: Any, more: dict[str, Any], tmp_path: Path) -> None:
     """llm trap 36: rows are replaced. On tied weights both ends, unless they have rows of their own."""
     import torch
 
+    base = saved(make_small(name), tmp_path / "base")
     config = {"target_modules": ["q_proj"]} | more
-    lora = trained(
-        models.load_model(base(name)), lora_config(trainable_token_indices=indices, **config), tmp_path / "x"
-    )
-    truth = models.logits(base(name), lora)
-    loratool.merge(base(name), lora, out=tmp_path / "out")
+    lora = trained(models.load_model(base), lora_config(trainable_token_indices=indices, **config), tmp_path / "x")
+    truth = models.logits(base, lora)
+    loratool.merge(base, lora, out=tmp_path / "out")
     assert torch.allclose(models.logits(tmp_path / "out"), truth, atol=1e-5 * float(truth.abs().max()))
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     apart = isinstance(indices, dict) and len(indices) > 1 and len({str(rows) for rows in indices.values()}) > 1
@@ -303,9 +330,9 @@ def test_trained_tokens_equal_peft(name: str, indices: Any, more: dict[str, Any]
     assert any(isinstance(update, Tokens) for update in adapter.updates.values())
     for number, source in enumerate((adapter, adapter.with_metadata(config={}))):
         loratool.write(source, tmp_path / f"again{number}", format="peft")
-        found = models.logits(base(name), tmp_path / f"again{number}")
-        assert torch.allclose(found, truth, atol=1e-5 * float(truth.abs().max()))
     assert_same_adapter(loratool.read(tmp_path / "again0"), adapter)
+    found = models.logits(base, tmp_path / "again1")
+    assert torch.allclose(found, truth, atol=1e-5 * float(truth.abs().max()))
 
 
 TOKENS = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": normal(3, 4)}
@@ -369,29 +396,13 @@ def test_tokens_of_a_longer_vocabulary_bring_it(tmp_path: Path) -> None:
 # -- experts of real architectures ---------------------------------------------------------------------------
 
 
-def make_moe(name: str) -> Any:
-    import transformers
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    sizes |= {"head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": False}
-    if name == "gpt_oss":  # as the real one: down_proj is square, [E,in,out]
-        config = transformers.GptOssConfig(**models.TEXT, **sizes, intermediate_size=16)
-        return transformers.GptOssForCausalLM(config)
-    config = transformers.Llama4TextConfig(**models.TEXT, **sizes, intermediate_size=24, intermediate_size_mlp=24)
-    return transformers.Llama4ForCausalLM(config)
-
-
 @pytest.mark.peer
 @pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
 def test_experts_of_a_transformer_equal_peft(name: str, tmp_path: Path) -> None:
     """llm traps 4 and 6: gpt-oss is known to be transposed; Llama 4 is, and PEFT does not know: shapes decide."""
     import torch
 
-    torch.manual_seed(0)
-    model = make_moe(name)
-    for parameter, value in model.named_parameters():
-        value.data.copy_(models.visible(parameter, value))
-    base = models.save_model(model, tmp_path / "base", {})
+    base = saved(make_small(name), tmp_path / "base")
     config = lora_config(target_parameters=EXPERTS[::-1], target_modules=["q_proj"], rank_pattern={".*down_proj": 3})
     lora = trained(models.load_model(base), config, tmp_path / "lora")
     truth = models.logits(base, lora)
@@ -399,3 +410,265 @@ def test_experts_of_a_transformer_equal_peft(name: str, tmp_path: Path) -> None:
     found = models.logits(tmp_path / "out")
     assert torch.allclose(found, truth, atol=1e-5 * float(truth.abs().max()))
     assert not torch.allclose(models.logits(base), truth, atol=1e-2)
+
+
+# -- adapters of a changed base ------------------------------------------------------------------------------
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True, "rank_pattern": {"last": 3}}])
+def test_a_changed_base_needs_the_initial_adapter(init: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """llm trap 30: beside its initial factors it is a delta of the plain base; alone it is refused."""
+    import torch
+    from peft import get_peft_model
+
+    base = toy_base("attention", tmp_path / "base")
+    model = get_peft_model(
+        make_toy("attention"), lora_config(target_modules=["first", "last"], init_lora_weights=init, **more)
+    )
+    config = model.peft_config["default"]
+    config.init_lora_weights = True  # as PEFT's guide says
+    model.save_pretrained(tmp_path / "kept")
+    config.init_lora_weights = init
+    torch.manual_seed(1)
+    for parameter, value in model.named_parameters():
+        if value.requires_grad:
+            value.data.copy_(models.trained(parameter, value))
+    model.save_pretrained(tmp_path / "lora")
+    truth = output(model.eval())
+    with pytest.raises(FormatError, match=f"{init}' changed the base") as caught:
+        loratool.read(tmp_path / "lora")
+    assert "_init" in caught.value.hint
+    (tmp_path / "kept").rename(tmp_path / "lora" / "before_init")
+    loratool.merge(base, tmp_path / "lora", out=tmp_path / "merged")
+    close(output(loaded(make_toy("attention"), tmp_path / "merged")), truth, 2e-5)
+    loratool.write(loratool.read(tmp_path / "lora"), tmp_path / "plain", format="peft")
+    told = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert told["init_lora_weights"] is True and told["r"] == 4
+    close(output(with_adapter(make_toy("attention"), tmp_path / "plain")), truth, 2e-5)
+
+
+def initial(path: Path, tensors: Mapping[str, Tensor], name: str = "pissa_init") -> Path:
+    peft_folder(path / name, tensors, CONFIG)
+    return path
+
+
+def test_what_makes_no_pair_with_its_beginning_is_refused(tmp_path: Path) -> None:
+    config = CONFIG | {"init_lora_weights": "pissa"}
+    pair, other = peft_pair("q"), peft_pair("k")
+    cases = [
+        ({**pair, **other}, pair, "no LoRA of this shape"),
+        (pair, {**pair, **other}, "the trained one lacks"),
+        (pair, {k.replace(".q.", ".k."): t for k, t in pair.items()}, "no LoRA of this shape"),
+    ]
+    for number, (after, before, message) in enumerate(cases):
+        folder = initial(peft_folder(tmp_path / str(number), after, config), before)
+        with pytest.raises(FormatError, match=message):
+            loratool.read(folder)
+    folder = initial(initial(peft_folder(tmp_path / "two", pair, config), pair), pair, "other_init")
+    with pytest.raises(FormatError, match=r"several initial adapters: other_init, pissa_init"):
+        loratool.read(folder)
+    quantised = initial(peft_folder(tmp_path / "loftq", pair, config | {"init_lora_weights": "loftq"}), pair)
+    with pytest.raises(FormatError, match="loftq' changed the base"):  # its residual was quantised
+        loratool.read(quantised)
+
+
+# -- the configuration ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.peer
+def test_every_field_of_peft_is_known() -> None:
+    """What PEFT adds must be looked at: does it change the mathematics?"""
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    from loratool.formats.peft_config import FIELDS
+
+    assert {field.name for field in fields(LoraConfig)} <= set(FIELDS)
+
+
+def test_a_field_from_later_is_told(tmp_path: Path) -> None:
+    """Unknown keys are tolerated, and named where they are set."""
+    config = CONFIG | {"use_novelty": True, "novelty_config": None, "task": ""}
+    found = loratool.read(peft_folder(tmp_path / "x", peft_pair("q"), config))
+    assert [w for w in found.metadata.warnings if "not known here: use_novelty" in w]
+    assert not loratool.read(peft_folder(tmp_path / "y", peft_pair("q"), CONFIG)).metadata.warnings
+
+
+def test_tensors_of_training_are_left_out_with_a_note(tmp_path: Path) -> None:
+    more = {f"{PREFIX}q.lora_velora_embed": normal(4), f"{PREFIX}q.lora_monteclora_sampler.default.mean": normal(2)}
+    config = CONFIG | {"velora_config": {"num_groups": 2}, "monteclora_config": {"num_samples": 2}}
+    found = loratool.read(peft_folder(tmp_path / "x", {**peft_pair("q"), **more}, config))
+    assert list(found.updates) == ["q"] and not found.carried
+    assert any("2 tensors that only training uses" in warning for warning in found.metadata.warnings)
+    loratool.write(found, tmp_path / "out", format="peft")
+    told = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert told["velora_config"] is None and told["monteclora_config"] is None
+
+
+def experts_of(module: str, outer: int = 1, e: int = 2, r: int = 3) -> dict[str, Tensor]:
+    """Wrappers of one module, the outermost first: factors [e*r,5] and [7,r*e]."""
+    heads = [PREFIX + module + n * ".base_layer" for n in range(outer)]
+    found = {f"{head}.lora_A.weight": normal(e * r, 5, seed=n) for n, head in enumerate(heads)}
+    return found | {f"{head}.lora_B.weight": normal(7, e * r, seed=n) for n, head in enumerate(heads)}
+
+
+NAMED = ["experts.gate_up_proj", "experts.down_proj"]
+BAD_EXPERTS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
+    "not_named": (experts_of("mlp.experts", 2), {}, "the configuration does not name"),
+    "named_once": (experts_of("mlp.experts", 2), {"target_parameters": NAMED[:1]}, "which is which is unknown"),
+    "one_of_two": (experts_of("mlp.experts"), {"target_parameters": NAMED}, "which is which is unknown"),
+    "strange_names": (
+        experts_of("mlp.experts", 2),
+        {"target_parameters": ["experts.alpha", "experts.beta"]},
+        "which is which is unknown",
+    ),
+    "no_list": (experts_of("mlp.experts"), {"target_parameters": "experts.down_proj"}, "no list of names"),
+    "rank": (experts_of("mlp.experts"), {"target_parameters": NAMED[:1], "r": 4}, "does not divide the 6 rows"),
+    "rank_zero": (experts_of("mlp.experts"), {"target_parameters": NAMED[:1], "r": 0}, "does not divide"),
+    "alpha": (experts_of("mlp.experts"), {"target_parameters": NAMED[:1], "lora_alpha": "6"}, "alpha is '6'"),
+    "magnitude": (
+        {**experts_of("mlp.experts"), f"{PREFIX}mlp.experts.lora_magnitude_vector": normal(7)},
+        {"target_parameters": NAMED[:1]},
+        "a parameter with a magnitude",
+    ),
+    "bias": (
+        {**experts_of("mlp.experts"), f"{PREFIX}mlp.experts.lora_B.bias": normal(7)},
+        {"target_parameters": NAMED[:1]},
+        "lora_B.bias of a parameter",
+    ),
+    "attention_bias": (
+        {**peft_pair("attn"), **peft_pair("attn.base_layer.out_proj"), f"{PREFIX}attn.lora_B.bias": normal(7)},
+        {},
+        "lora_B.bias of a parameter",
+    ),
+    "attention_twice": (
+        {**peft_pair("attn"), **peft_pair("attn.base_layer"), **peft_pair("attn.base_layer.out_proj")},
+        {},
+        "wrapped twice",
+    ),
+    "group": (peft_pair("q"), {"use_qalora": True, "qalora_group_size": 1 << 40}, "qalora_group_size"),
+    "group_text": (peft_pair("q"), {"use_qalora": True, "qalora_group_size": "4"}, "qalora_group_size"),
+    "blocks": (peft_pair("q"), {"use_bdlora": {"target_modules_bd_a": ["q"], "nblocks": 2}}, "2 blocks of a factor"),
+    "blocks_text": (peft_pair("q"), {"use_bdlora": {"target_modules_bd_a": ["q"], "nblocks": "1"}}, "blocks of a"),
+    "blocks_both": (
+        peft_pair("q"),
+        {"use_bdlora": {"target_modules_bd_a": ["q"], "target_modules_bd_b": ["q"]}},
+        "both factors",
+    ),
+    "blocks_names": (peft_pair("q"), {"use_bdlora": {"target_modules_bd_a": "q"}}, "that is none"),
+    "blocks_flag": (peft_pair("q"), {"use_bdlora": True}, "no table"),
+    "diagonal": ({**peft_pair("q"), f"{PREFIX}q.lora_diag": normal(4)}, {"kasa_config": {}}, "a diagonal of shape"),
+    "diagonal_missing": (peft_pair("q"), {"kasa_config": {}}, "lora_diag is missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EXPERTS)
+def test_what_a_variant_cannot_be_is_refused(case: str, tmp_path: Path) -> None:
+    tensors, changes, message = BAD_EXPERTS[case]
+    with pytest.raises(FormatError, match=message) as caught:
+        loratool.read(peft_folder(tmp_path / "x", tensors, CONFIG | changes))
+    assert str(tmp_path / "x") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "order"),
+    [("0.17.1", "transposed"), ("0.18.0", "transposed"), ("0.19.0", "shape"), ("0.19.1", "model"), (None, "shape")],
+)
+def test_square_experts_are_told_by_the_version(version: str | None, order: str, tmp_path: Path) -> None:
+    """llm trap 6: PEFT took the first axis for the input up to 0.18, the other since 0.19.1."""
+    tensors = {
+        f"{PREFIX}mlp.experts.lora_A.weight": normal(6, 5),
+        f"{PREFIX}mlp.experts.lora_B.weight": normal(5, 6, seed=1),
+    }
+    config = CONFIG | {"target_parameters": NAMED[1:], "peft_version": version}
+    lora = peft_folder(tmp_path / "x", tensors, config)
+    found = loratool.read(lora).updates["mlp.experts.down_proj"]
+    assert isinstance(found, Experts) and found.order == order
+    base = model(tmp_path / "base", {"model.mlp.experts.down_proj": normal(2, 5, 5, seed=4)})
+    if order == "shape":
+        with pytest.raises(MatchError, match="nothing tells which axis"):
+            loratool.merge(base, lora, out=tmp_path / "out")
+        return
+    loratool.merge(base, lora, out=tmp_path / "out")
+    merged = read_model(tmp_path / "out").parameters["model.mlp.experts.down_proj"][0].tensor.array()
+    a = normal(6, 5).array().reshape(2, 3, 5)
+    b = normal(5, 6, seed=1).array().reshape(5, 3, 2)
+    delta = 2 * np.einsum("ore,eri->eoi", b, a)
+    expected = delta.swapaxes(1, 2) if order == "transposed" else delta
+    close(merged, normal(2, 5, 5, seed=4).array() + expected)
+
+
+def test_out_proj_of_a_later_peft_counts_once(tmp_path: Path) -> None:
+    """llm trap 29, once it is mended."""
+    tensors = {**peft_pair("attn"), **peft_pair("attn.base_layer.out_proj")}
+    for version, times in (("0.21.2", 2), ("0.9.0", 2), (None, 2), ("0.22.0", 1), ("1.0", 1)):
+        folder = peft_folder(tmp_path / str(version), tensors, CONFIG | {"peft_version": version})
+        found = loratool.read(folder)
+        assert found.updates["attn.out_proj"].scaling == 2.0 * times
+        loratool.write(found, tmp_path / f"{version} again", format="peft")
+        assert_same_adapter(loratool.read(tmp_path / f"{version} again"), found)
+        assert any("counts twice" in warning for warning in found.metadata.warnings) is (times == 2)
+
+
+# -- what PEFT cannot say beside them ------------------------------------------------------------------------
+
+
+def adapter_of(updates: Mapping[str, Any]) -> Adapter:
+    return Adapter(updates, {}, Metadata("sample"))
+
+
+def stack(e: int = 2, r: int = 3) -> Experts:
+    return Experts(normal(e * r, 5), normal(7, e * r, seed=1), e, 6.0)
+
+
+def losses_of(updates: Mapping[str, Any]) -> list[str]:
+    from loratool.formats.peft import losses
+
+    return sorted(str(loss) for loss in losses(adapter_of(updates)))
+
+
+def test_what_peft_excludes_beside_stacks_is_a_loss(tmp_path: Path) -> None:
+    dora = DoRA(low(), magnitude(7))
+    assert losses_of({"a": low(), "m.experts.down_proj": stack()}) == []
+    (lost,) = losses_of({"a": dora, "m.experts.down_proj": stack()})
+    assert lost.startswith("m.experts.down_proj: a LoRA beside DoRA")
+    (lost,) = losses_of({"a": low(), "a.bias": Dense(normal(7), 2.0, "bias"), "m.experts.down_proj": stack()})
+    assert lost.startswith("a.bias: a bias delta beside")
+    assert losses_of({"down_proj": stack()})[0].startswith("down_proj: a parameter of the model itself")
+    assert losses_of({"m": low(), "m.down_proj": stack()})[0].startswith("m.down_proj: a parameter of a module that")
+    two = losses_of({"m.one": stack(), "m.two": stack(), "n.three": stack()})
+    assert [lost.partition(":")[0] for lost in two] == ["m.one", "m.two"]
+    with pytest.raises(LossError):
+        loratool.write(adapter_of({"m.one": stack(), "m.two": stack()}), tmp_path / "x", format="peft")
+
+
+@pytest.mark.parametrize("given", [("in",), ("in", "out"), ("out",)])
+def test_any_part_of_an_attention_can_be_said(given: tuple[str, ...], tmp_path: Path) -> None:
+    """PEFT gives both projections one rank and one alpha: zeros and folded scalings make them so."""
+    parts: dict[str, Any] = {"in": low(15, 5, 3, alpha=6.0), "out": low(5, 5, 2, alpha=5.0, rank_stabilised=True)}
+    names = {"in": "attn.in_proj_weight", "out": "attn.out_proj"}
+    loratool.write(adapter_of({names[part]: parts[part] for part in given}), tmp_path / "x", format="peft")
+    found = loratool.read(tmp_path / "x").updates
+    for part in given:
+        assert isinstance(found[names[part]], LowRank)
+        close(found[names[part]].delta(), parts[part].delta(), 1e-5)
+    assert ("attn.out_proj" in found) is (len(given) == 2 or given == ("out",)) or not found[
+        "attn.out_proj"
+    ].delta().any()
+
+
+def test_bare_parameters_of_wrapped_modules_keep_their_place(tmp_path: Path) -> None:
+    """Whole tensors of a wrapped module lie below as many `base_layer` as it has wrappers."""
+    updates = {"m.experts.gate_up_proj": stack(), "m.experts.down_proj": stack(), "attn.in_proj_weight": low(15, 5)}
+    adapter = adapter_of({**updates, "m.experts.inner": low(seed=3)})
+    carried = {"m.experts.inner.bias": normal(7), "attn.out_proj.bias": normal(5), "head.weight": normal(2, 2)}
+    whole = Adapter(adapter.updates, carried, adapter.metadata)
+    loratool.write(whole, tmp_path / "x", format="peft")
+    keys = {k.removeprefix(PREFIX) for k in read_safetensors(tmp_path / "x" / "adapter_model.safetensors").tensors}
+    assert {"m.experts.base_layer.base_layer.inner.base_layer.bias", "attn.base_layer.out_proj.base_layer.bias"} < keys
+    assert {"m.experts.base_layer.lora_A.weight", "m.experts.lora_A.weight", "head.weight"} < keys
+    again = loratool.read(tmp_path / "x")
+    assert again.carried.keys() == carried.keys() and again.updates.keys() >= adapter.updates.keys()

@@ -330,7 +330,7 @@ def _updates(
         raise FormatError(error.what, error.where or f"{where}: {place.target}", error.hint) from None
     found: dict[str, Update] = {place.target: update}
     if "bias" in slots:
-        if place.target != place.rule:
+        if place.stacked or place.target != place.rule:
             raise FormatError("a lora_B.bias of a parameter, which PEFT does not use", f"{where}: {place.target}")
         found[f"{place.target}.bias"] = Dense(slots["bias"], update.scaling, "bias")
     return found
