@@ -11,7 +11,8 @@ import onnx
 import pytest
 
 import loratool
-from loratool.errors import FormatError, LoratoolError, LossError, MatchError
+from loratool.errors import FormatError, LoratoolError, LossError, MatchError, VerifyError
+from loratool.onnx import branch
 from loratool.onnx.container import Container, read_container, write_container
 from loratool.onnx.fold import Change, write_graph
 from loratool.onnx.graph import Graph, read_graph
@@ -313,3 +314,44 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
                 tensor.array()
         except FormatError:
             pass
+
+
+# -- the whole export ----------------------------------------------------------------------------------------
+
+
+def test_export_writes_one_file_for_each_adapter(graphs: Graphs, tmp_path: Path) -> None:
+    base, one, other = graphs.variant("clip", "external"), graphs.adapter("clip"), graphs.adapter("clip", seed=1, r=5)
+    out = tmp_path / "out.onnx"
+    report = loratool.export_onnx(base, one, other, out=out, strengths=[0.5, 2.0], mode="inputs")
+    assert report.verified and report.mode == "inputs" and len(report.adapters) == 2
+    assert [Path(path).parent for path in report.adapters] == [tmp_path] * 2
+    assert {Path(p).name for p in report.adapters} | {"out.onnx", "out.onnx.data"} == {
+        p.name for p in tmp_path.iterdir()
+    }
+    opened = session(out)
+    for file, adapter, strength in zip(report.adapters, (one, other), (0.5, 2.0), strict=True):
+        check_adapter(read_graph(out), read_container(Path(file)))
+        wanted = graphs.reference("clip", adapter, strength=strength)
+        assert_close(opened.run(None, feed("clip"), active(Path(file))), wanted)
+
+
+def test_a_file_of_an_adapter_is_not_overwritten(graphs: Graphs, tmp_path: Path) -> None:
+    base, adapter = graphs.export("packed"), graphs.adapter("packed")
+    (path,) = adapter_paths(tmp_path / "out.onnx", [adapter])
+    path.write_text("mine")
+    with pytest.raises(LoratoolError, match="exists"):
+        loratool.export_onnx(base, adapter, out=tmp_path / "out.onnx", mode="inputs")
+    assert path.read_text() == "mine" and not (tmp_path / "out.onnx").exists()
+    assert loratool.export_onnx(base, adapter, out=tmp_path / "out.onnx", mode="inputs", overwrite=True).verified
+    assert read_container(path).tensors
+
+
+def test_branches_are_proven_against_matrices(graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch that is wrong is not held against itself."""
+    base, adapter = graphs.export("clip"), graphs.adapter("clip")
+    assert loratool.export_onnx(base, adapter, out=tmp_path / "right.onnx", mode="branch").verified
+    good = branch.joined
+    monkeypatch.setattr(branch, "joined", lambda pairs: tuple(1.1 * half for half in good(pairs)))
+    with pytest.raises(VerifyError):
+        loratool.export_onnx(base, adapter, out=tmp_path / "wrong.onnx", mode="branch")
+    assert not (tmp_path / "wrong.onnx").exists()

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import loratool
 from loratool.errors import LoratoolError, VerifyError
 from loratool.onnx import verify as proof
 from loratool.onnx.feeds import feeds, vocabulary
@@ -123,6 +124,27 @@ def test_a_graph_in_half_precision(graphs: Graphs, tmp_path: Path, delta: np.nda
     near = changed(base, tmp_path / "near.onnx", Q_PROJ, lambda w: (w + 3 * delta) * 1.0005)
     wrong = changed(base, tmp_path / "wrong.onnx", Q_PROJ, lambda w: w + 3 * delta.T)
     assert verify(read_graph(base), [Trial(near, right)]).verified
+    with pytest.raises(VerifyError):
+        verify(read_graph(base), [Trial(wrong, right)])
+
+
+@pytest.mark.parametrize("mode", ["fold", "branch", "inputs"])
+def test_bfloat16_is_widened_to_run(graphs: Graphs, tmp_path: Path, mode: str) -> None:  # onnx.md trap 25
+    """onnxruntime has no bfloat16 on the processor: the comparison says how it was done."""
+    base, adapter = graphs.variant("clip", "bfloat16"), graphs.adapter("clip")
+    report = loratool.export_onnx(base, adapter, out=tmp_path / "out.onnx", mode=mode, verify=True)
+    assert report.verified and any("float32" in warning for warning in report.warnings)
+    assert report.max_effect is not None and report.max_effect > 0.1
+    kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert TensorProto.BFLOAT16 in kinds and TensorProto.FLOAT not in kinds
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith("out.")]
+
+
+def test_a_wrong_change_of_bfloat16_fails(graphs: Graphs, tmp_path: Path, delta: np.ndarray) -> None:
+    base = graphs.variant("llama", "bfloat16")
+    right = changed(base, tmp_path / "right.onnx", Q_PROJ, lambda w: w.astype(np.float32) + 3 * delta)
+    wrong = changed(base, tmp_path / "wrong.onnx", Q_PROJ, lambda w: w.astype(np.float32) + 3 * delta.T)
+    assert verify(read_graph(base), [Trial(right, right)]).verified
     with pytest.raises(VerifyError):
         verify(read_graph(base), [Trial(wrong, right)])
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from loratool.errors import LoratoolError, VerifyError
 from loratool.onnx.feeds import Feed, feeds
-from loratool.onnx.graph import Graph
+from loratool.onnx.graph import Graph, read_graph
+from loratool.onnx.widen import widen, widen_adapter
 
 INSTALL = "pip install 'loratool[onnxruntime]' (for a GPU: 'loratool[gpu]', never both)"
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -90,16 +92,38 @@ def has_onnxruntime() -> bool:
     return True
 
 
-def verify(base: Graph, trials: Iterable[Trial]) -> Verification:
+def verify(base: Graph, trials: Iterable[Trial], scratch: Path | None = None) -> Verification:
     """Run ``base`` and every trial on the same inputs, and compare.
 
-    Raises VerifyError (the change is lost, or differs from the reference by more than rounding), BaseError (the base
-    does not run: the fault is not the change's), LoratoolError (no working onnxruntime).
+    A bfloat16 graph runs as float32, in files below ``scratch`` (a folder) for as long as this takes. Raises
+    VerifyError (the change is lost, or differs from the reference by more than rounding), BaseError (the base does
+    not run: the fault is not the change's), LoratoolError (no working onnxruntime).
     """
+    kind = precision(base)
+    if kind != "BF16":
+        return _verify(base, trials, kind)
+    with TemporaryDirectory(dir=scratch, prefix=".loratool-") as folder:
+        wide = read_graph(widen(base.path, Path(folder, "base.onnx")))
+        found = _verify(wide, _widened(trials, Path(folder)), kind)
+    return replace(found, notes=(*found.notes, "compared in float32: the graph's own bfloat16 was widened to run it"))
+
+
+def _widened(trials: Iterable[Trial], folder: Path) -> Iterator[Trial]:
+    """Trials of graphs in float32, each in the place of the one before."""
+    for trial in trials:
+        for file in folder.glob("trial*"):
+            file.unlink()
+        yield Trial(
+            widen(trial.changed, folder / "trial.onnx"),
+            widen(trial.reference, folder / "trial-reference.onnx"),
+            widen_adapter(trial.active, folder / "trial.onnx_adapter") if trial.active else None,
+        )
+
+
+def _verify(base: Graph, trials: Iterable[Trial], kind: str) -> Verification:
     given, before, providers = _run_base(base)
-    tolerance = TOLERANCES[precision(base)]
+    tolerance = TOLERANCES[kind]
     compared = [_compare(trial, given, before, tolerance) for trial in trials]
-    effects = [found.effect for found in compared]
     notes = list(_notes(providers))
     if not all(found.expected for found in compared):
         notes.append("no effect: the adapter does not change any output")
@@ -108,7 +132,7 @@ def verify(base: Graph, trials: Iterable[Trial]) -> Verification:
     return Verification(
         verified=all(found.visible for found in compared),
         max_abs_diff=max((found.difference for found in compared), default=0.0),
-        max_effect=max(effects, default=0.0),
+        max_effect=max((found.effect for found in compared), default=0.0),
         providers=providers,
         notes=tuple(notes),
     )

@@ -267,7 +267,7 @@ def _prover(verify: bool | None) -> Callable[[Export, Path, Sequence[Path]], Any
     def proof(planned: Export, output: Path, files: Sequence[Path]) -> Verification:
         reference = output.with_name("reference.onnx")
         try:
-            return prove(planned.graph, _trials(planned, output, files, reference))
+            return prove(planned.graph, _trials(planned, output, files, reference), scratch=output.parent)
         except BaseError as error:
             if verify:
                 raise
