@@ -557,8 +557,13 @@ def test_detection_is_by_prefix_and_suffix(tmp_path: Path) -> None:
     assert kohya.FORMAT.sniff(Evidence(other)) is None
 
 
-@pytest.mark.parametrize("key", ["hada_w1_a", "lokr_w1", "oft_blocks", "a1.weight", "on_input"])
-def test_kinds_that_are_not_read_yet_are_refused_by_name(key: str, tmp_path: Path) -> None:
-    path = save(tmp_path / "file", {f"{diffusion.flat(TO_Q)}.{key}": torch.ones(2, 2)})
-    with pytest.raises(FormatError, match="not supported yet"):
-        detect(Evidence(path))
+HALVES = ("hada_w1_a", "lokr_w1", "lokr_t1", "oft_blocks", "a1.weight", "bm.weight", "on_input", "weight", "rescale")
+
+
+@pytest.mark.parametrize("key", HALVES)
+def test_half_of_any_kind_is_refused(key: str, tmp_path: Path) -> None:
+    module = diffusion.flat(TO_Q)
+    tensors = diffusion.kohya(some(FC1)) | {f"{module}.{key}": torch.ones(2, 2)}
+    with pytest.raises(FormatError) as error:
+        one(tmp_path, tensors)
+    assert module in str(error.value.where)

@@ -10,20 +10,26 @@ import re
 from loratool.adapter import Adapter, Loss
 from loratool.errors import FormatError, LossError, UsageError, some
 from loratool.formats import (
+    ai_toolkit,
     attn_procs,
+    bfl,
     cloneofsimo,
+    comfyui,
     diffusers,
     diffusers_old,
     gguf,
     kohya,
     litgpt,
     loralib,
+    lycoris,
     mistral,
     mlx,
+    onetrainer,
     peft,
     raw,
     tinker,
     torchtune,
+    xlabs,
 )
 from loratool.formats.base import Evidence, Format
 
@@ -35,10 +41,16 @@ FORMATS: tuple[Format, ...] = (
     mistral.FORMAT,
     tinker.FORMAT,
     cloneofsimo.FORMAT,
+    xlabs.FORMAT,
+    bfl.FORMAT,
     attn_procs.FORMAT,
     diffusers_old.FORMAT,
     peft.FORMAT,
+    lycoris.FORMAT,
+    ai_toolkit.FORMAT,
+    onetrainer.FORMAT,
     kohya.FORMAT,
+    comfyui.FORMAT,
     diffusers.FORMAT,
     loralib.FORMAT,
     raw.FORMAT,
@@ -48,18 +60,7 @@ FORMATS: tuple[Format, ...] = (
 RECOGNISED: tuple[tuple[str, str], ...] = (
     ("a control LoRA (ControlNet)", r"^lora_controlnet$"),
     ("a ControlNet-LLLite", r"^lllite_"),
-    ("xlabs", r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora"),
-    ("onetrainer", r"^lora_(transformer|prior_unet|prior_te)_"),
-    ("kohya OFT", r"^oft_unet_|\.oft_blocks|\.oft_diag$"),
-    ("lycoris (names of its own wrapper)", r"^lycoris_"),
-    ("LoHa", r"\.hada_(w\d_[ab]|t\d)$"),
-    ("LoKr", r"\.lokr_(w\d(_[ab])?|t\d)$"),
-    ("GLoRA", r"\.[ab][12]\.weight$"),
-    ("(IA)3", r"\.(ia3_l|on_input)$"),
-    ("PEFT OFT", r"\.oft_R\b"),
-    ("BOFT", r"\.boft_[Rs]$"),
     ("a sparse residual (bias_indices)", r"\.bias_(indices|values|size)$"),
-    ("a ComfyUI patch", r"\.(set_weight|reshape_weight)$"),
 )
 _INVERSION = re.compile(r"^(emb_params|clip_[lg]|t5|llama|string_to_param(\..*)?|<[^>]+>)$")  # all that a file has
 

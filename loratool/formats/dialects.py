@@ -86,6 +86,8 @@ READ = Layout(
         ("boft_R", ".boft_R"),
         ("boft_s", ".boft_s"),
         ("ia3_l", ".ia3_l"),
+        ("set_weight", ".set_weight"),
+        ("reshape_weight", ".reshape_weight"),
     ),
 )
 WRITTEN = Layout(
@@ -119,6 +121,8 @@ _LANGUAGE_MODEL = re.compile(
 _LDM = re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_")
 _LOOSE_END = re.compile(r"^([^.]*[^._])_+(?=\.)")  # lora_unet_proj_out_.alpha
 
+Pieces = Callable[[str, Shape], tuple[Piece, ...]]
+"""What a module of that name and shape is, beyond what architectures know."""
 Rename = Callable[[str, str], tuple[str, str]]
 """(module, slot) as a file has them -> as the reader knows them."""
 
@@ -201,7 +205,9 @@ def normalise(module: str) -> str:
 class Names:
     """What turns the names of one file into references: tables of known models, the base, templates of names."""
 
-    def __init__(self, shapes: Mapping[str, Shape], evidence: Evidence) -> None:
+    def __init__(self, shapes: Mapping[str, Shape], evidence: Evidence, pieces: Pieces) -> None:
+        self._own = pieces
+        shapes = {name: shape for name, shape in shapes.items() if not pieces(name, shape)}
         self.known = identify(shapes)
         if self.known is None and any(map(_LDM.match, shapes)):
             self.known = identify_names(shapes)  # these names are looked up in a table or not at all
@@ -213,6 +219,8 @@ class Names:
 
         Raises FormatError where nothing knows the name.
         """
+        if own := self._own(name, shape):
+            return own
         if self.known and (pieces := self.known.pieces(name, shape)):
             return pieces
         return (Piece(self._find(name, spelled), ((0, shape[0] if shape else 1),)),)
@@ -223,6 +231,8 @@ class Names:
                 return found
         if has_component(name):
             return name
+        if name.startswith("diffusion_model."):  # of a model that no table knows: the base must have the very name
+            return f"transformer.{name.removeprefix('diffusion_model.')}"
         raise FormatError(
             "a flattened name that no known model has" if "." not in name else "a module whose meaning is unknown",
             f"{self._where}: {spelled}",
@@ -256,14 +266,23 @@ def _flattened(name: str) -> tuple[str, str] | None:
 # ---------------------------------------------------------------- reading
 
 
-def read(evidence: Evidence, format: str, rename: Rename = as_it_is, file: SafetensorsFile | None = None) -> Adapter:
-    """Read a file of any dialect. Raises FormatError for what is malformed, unknown or not supported."""
+def read(
+    evidence: Evidence,
+    format: str,
+    rename: Rename = as_it_is,
+    file: SafetensorsFile | None = None,
+    pieces: Pieces = lambda name, shape: (),
+) -> Adapter:
+    """Read a file of any dialect. ``pieces`` knows what the architecture does not: fused modules of the dialect's own.
+
+    Raises FormatError for what is malformed, unknown or not supported.
+    """
     file = file or evidence.file
     carried, carried_as, pairs, warnings = _sorted_out(file)
     modules = _grouped(pairs, rename, file.path)
     scales = Scales(file.metadata, evidence)
     built = {spelled: build(spelled, stored, scales) for spelled, stored in modules.items()}
-    names = Names({modules[spelled].name: shape for spelled, shape in shapes(built).items()}, evidence)
+    names = Names({modules[spelled].name: shape for spelled, shape in shapes(built).items()}, evidence, pieces)
     updates, spellings = collect(built, modules, names, file.path)
     if names.known:
         updates = {name: _unfolded(u, names.known.shapes().get(name, ())) for name, u in updates.items()}
@@ -525,16 +544,20 @@ def shapes_of(adapter: Adapter) -> dict[str, Shape]:
 
 
 def say(
-    adapter: Adapter, holder: Holder, spelled: Callable[[Module], str] = lambda module: module.name
+    adapter: Adapter,
+    holder: Holder,
+    spelled: Callable[[Module], str] = lambda module: module.name,
+    layout: Layout = WRITTEN,
+    refuse: Callable[[Update], str | None] = lambda update: None,
 ) -> tuple[dict[str, Tensor], list[Loss]]:
-    """The tensors of a file in LyCORIS' slots, and what they cannot say."""
+    """The tensors of a file in LyCORIS' slots, and what they cannot say; ``refuse`` says what readers cannot take."""
     tensors = {name: tensor for name, tensor in adapter.carried.items() if name.startswith(EMBEDDINGS)}
     lost = [Loss(adapter.spelling(name), "a whole tensor; only adapters are loaded") for name in adapter.carried]
     lost = [loss for loss, name in zip(lost, adapter.carried, strict=True) if name not in tensors]
     modules, unnamed = gathered(adapter, located, holder)
     for module in modules:
-        said = _said(module)
-        found = {} if isinstance(said, str) else {WRITTEN.key(spelled(module), slot): t for slot, t in said.items()}
+        said = _said(module, layout, refuse)
+        found = {} if isinstance(said, str) else {layout.key(spelled(module), slot): t for slot, t in said.items()}
         if found.keys() & tensors.keys():
             said = "another module has this very name"
         if isinstance(said, str):
@@ -544,8 +567,11 @@ def say(
     return tensors, lost + unnamed
 
 
-def _said(module: Module) -> dict[str, Tensor] | str:
+def _said(module: Module, layout: Layout, refuse: Callable[[Update], str | None]) -> dict[str, Tensor] | str:
     """The tensors of a module by slot, or why it cannot be said."""
     if isinstance(module.update, str):
         return module.update
-    return slots.said_of_bias(module.update, module.norm) if module.bias else slots.said(module.update)
+    said = slots.said_of_bias(module.update, module.norm) if module.bias else slots.said(module.update)
+    if not isinstance(said, str) and (strange := said.keys() - layout.suffixes.keys()):
+        said = f"an update whose {' and '.join(sorted(strange))} has no place here"
+    return refuse(module.update) or said

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, Loss, is_bias
+from loratool.architectures import Architecture
 from loratool.formats import dialects, peft
 from loratool.formats.base import Evidence, Format, kept
 from loratool.formats.dialects import (
@@ -32,10 +33,12 @@ from loratool.formats.dialects import (
     namer,
     normalise,
     read_tables,
+    referenced,
 )
+from loratool.formats.slots import plain_low_rank
 from loratool.keys import Layout
 from loratool.tensors import Tensor, write_safetensors
-from loratool.update import DoRA, LowRank, Update, as_low_rank
+from loratool.update import DoRA, LowRank, Update
 
 LAYOUT = Layout(
     slots=(
@@ -45,6 +48,14 @@ LAYOUT = Layout(
         ("magnitude", ".lora_magnitude_vector.weight"),  # without .weight, text encoders would not load it
     ),
 )
+_COMPONENTS = ("text_encoder", "text_encoder_2")
+_LOADED = {  # the text encoders whose adapters a family's pipelines load: CLIP, never T5
+    "sd1": _COMPONENTS[:1],
+    "sd2": _COMPONENTS[:1],
+    "sdxl": _COMPONENTS,
+    "sd3": _COMPONENTS,
+    "flux": _COMPONENTS[:1],
+}
 
 
 # ---------------------------------------------------------------- reading
@@ -68,11 +79,12 @@ def read(evidence: Evidence) -> Adapter:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """What diffusers' loaders do not take."""
-    return _sayable(adapter)[1]
+    return _sayable(*referenced(adapter))[1]
 
 
-def _sayable(adapter: Adapter) -> tuple[dict[str, str], list[Loss]]:
+def _sayable(adapter: Adapter, known: Architecture | None) -> tuple[dict[str, str], list[Loss]]:
     """The name behind its component of each target that can be said, and the rest."""
+    loaded = _LOADED.get(known.name, ()) if known else _COMPONENTS
     names: dict[str, str] = {}
     lost: list[Loss] = []
     modules = adapter.modules()
@@ -83,6 +95,8 @@ def _sayable(adapter: Adapter) -> tuple[dict[str, str], list[Loss]]:
             reason: str | None = "no pipeline component is known for this name"
         elif name in names.values():
             reason = "another module has this very name"
+        elif component_of(name).startswith("text_encoder") and component_of(name) not in loaded:
+            reason = "a text encoder whose adapters the pipeline does not load"
         elif is_bias(target):
             reason = None if target.removesuffix(".bias") in names else "a bias delta without a LoRA on its module"
         else:
@@ -100,8 +114,10 @@ def _loss(update: Update, beside_dora: bool) -> str | None:
     if isinstance(update, DoRA):
         if update.axis == 1:
             return "a DoRA magnitude for each input; only outputs are known"
-        return None if update.layer == "plain" else f"a LoRA of a layer that is stored as {update.layer}"
-    low = as_low_rank(update)
+        if update.layer != "plain":
+            return f"a LoRA of a layer that is stored as {update.layer}"
+        return None if plain_low_rank(update.direction) else "a DoRA whose direction has no plain LoRA form"
+    low = plain_low_rank(update)
     if low is None:
         return f"an update of kind {update.kind} has no plain LoRA form"
     if low.layer != "plain":
@@ -111,7 +127,8 @@ def _loss(update: Update, beside_dora: bool) -> str | None:
 
 def write(adapter: Adapter, path: Path) -> None:
     """Write a diffusers file."""
-    names, _ = _sayable(adapter)
+    adapter, known = referenced(adapter)
+    names, _ = _sayable(adapter, known)
     updates = {name: adapter.updates[target] for target, name in names.items()}
     biases = {name: update for name, update in updates.items() if is_bias(name)}
     modules = {name: update for name, update in updates.items() if name not in biases}
@@ -120,7 +137,7 @@ def write(adapter: Adapter, path: Path) -> None:
     source = read_tables(adapter.metadata.strings, path)
     told = bool(source)
     for component, members in by_component(modules).items():
-        lows = {name: peft.plain_low_rank(modules[name]) for name in members}
+        lows = {name: _plain(modules[name]) for name in members}
         told = told or any(low.alpha is not None for low in lows.values())
         lows = _alike(lows)
         own = {name: update for name, update in biases.items() if component_of(name) == component}
@@ -135,6 +152,13 @@ def write(adapter: Adapter, path: Path) -> None:
         flat = {f"{component}.{key}": value for component, table in tables.items() for key, value in table.items()}
         strings[TABLE] = json.dumps(flat, indent=2, sort_keys=True)
     write_safetensors(path, tensors, strings)
+
+
+def _plain(update: Update) -> LowRank:
+    """The LoRA of an update that has one: its direction where it is a DoRA."""
+    low = plain_low_rank(update.direction if isinstance(update, DoRA) else update)
+    assert low is not None  # losses() said so
+    return low
 
 
 def _alike(lows: Mapping[str, LowRank]) -> dict[str, LowRank]:

@@ -25,7 +25,7 @@ from loratool.architectures.base import Segment, Shape, Stored
 from loratool.formats import dialects
 from loratool.formats.base import Evidence, Format, kept
 from loratool.formats.dialects import TABLE, is_slot
-from loratool.formats.modules import Module, held_by
+from loratool.formats.modules import Holder, Module, held_by
 from loratool.kinds.rotation import OFT, SegmentOFT
 from loratool.tensors import Tensor, write_safetensors
 
@@ -58,15 +58,19 @@ def losses(adapter: Adapter) -> list[Loss]:
 def write(adapter: Adapter, path: Path) -> None:
     """Write a kohya file."""
     tensors, _, known = _said(adapter)
-    write_safetensors(path, tensors, _strings(adapter, tensors, known))
+    write_safetensors(path, tensors, strings(adapter, tensors, known))
 
 
 def _said(adapter: Adapter) -> tuple[dict[str, Tensor], list[Loss], Architecture | None]:
     """The tensors of a file, what cannot be said, and the architecture whose names are used."""
     adapter, known = dialects.referenced(adapter)
-    holder = held_by(known, "kohya") if known else partial(_flattened, adapter)
-    tensors, lost = dialects.say(adapter, holder, partial(_spelled, adapter))
+    tensors, lost = dialects.say(adapter, holder(adapter, known), partial(_spelled, adapter))
     return tensors, lost, known
+
+
+def holder(adapter: Adapter, known: Architecture | None) -> Holder:
+    """What holds a module, by kohya's names."""
+    return held_by(known, "kohya") if known else partial(_flattened, adapter)
 
 
 def _spelled(adapter: Adapter, module: Module) -> str:
@@ -87,7 +91,7 @@ def _flattened(adapter: Adapter, reference: str, shape: Shape) -> Stored | None:
     return Stored(spelled, (Segment(reference),)) if known else None
 
 
-def _strings(adapter: Adapter, tensors: Mapping[str, Tensor], known: Architecture | None) -> dict[str, str]:
+def strings(adapter: Adapter, tensors: Mapping[str, Tensor], known: Architecture | None) -> dict[str, str]:
     """The metadata: the source's, and what readers look for where it is not there."""
     slots = [(hit[1], tensor) for key, tensor in tensors.items() if (hit := dialects.WRITTEN.split(key))]
     plain = {slot for slot, _ in slots} <= {"down", "up", "alpha"}

@@ -24,7 +24,7 @@ from loratool.kinds.kronecker import LoKr
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, SegmentOFT
 from loratool.tensors import FLOATS, Tensor
-from loratool.update import Additive, Dense, DoRA, LowRank, Update, as_low_rank
+from loratool.update import Additive, Dense, DoRA, LowRank, Replace, Update, as_low_rank
 
 Parts = Mapping[str, Update]
 """The updates of one module: "" of its weight, ".bias" of its bias."""
@@ -32,7 +32,7 @@ Alpha = Callable[[dict[str, Tensor], int], tuple[float | None, bool]]
 """What takes alpha out of a module's slots, or finds it elsewhere, for a rank: (alpha, rank-stabilised)."""
 
 _NORM = {"w_norm": "diff", "b_norm": "diff_b"}
-_NO_FLOATS = ("alpha", "scale", "on_input", "scaled_oft")  # slots that may be of any dtype
+_NO_FLOATS = ("alpha", "scale", "on_input", "scaled_oft", "reshape_weight")  # slots that may be of any dtype
 
 
 # ---------------------------------------------------------------- reading
@@ -54,15 +54,26 @@ def build(name: str, slots: Mapping[str, Tensor], alpha: Alpha, arguments: Mappi
     for leaf, slot, kind in (("", "diff", norm or "full"), (".bias", "diff_b", norm or "bias")):
         if slot in rest:
             found[leaf].append(Dense(rest.pop(slot), 1.0, kind))
-    bias = rest.pop("bias", None)
+    if "set_weight" in rest:
+        found[""].append(Replace(rest.pop("set_weight")))
+    bias, padded = rest.pop("bias", None), rest.pop("reshape_weight", None)
     made = [row.make(name, rest, alpha, arguments) for row in _KINDS if any(map(row.shown_by, tuple(rest)))]
     if made:
         found[""].append(_decomposed(reduce(raw.join, made), rest))
     if bias is not None:
         found[".bias"].append(Dense(bias, made[0].scaling if made else 1.0, "bias"))
+    if padded is not None:
+        _check_padded(padded, found[""])
     if rest:
         raise FormatError(f"{' and '.join(sorted(rest))} but no factors that belong to it")
     return {leaf: reduce(raw.join, updates) for leaf, updates in found.items() if updates}
+
+
+def _check_padded(told: Tensor, updates: list[Update]) -> None:
+    """Raise FormatError unless the shape to which ComfyUI pads the base is that of its update."""
+    shapes = {update.shape for update in updates}
+    if len(told.shape) != 1 or told.size > 8 or shapes != {tuple(map(int, told.array()))}:
+        raise FormatError(f"reshape_weight says another shape than that of the update, {sorted(map(list, shapes))}")
 
 
 def _decomposed(direction: Update, slots: dict[str, Tensor]) -> Update:
@@ -277,6 +288,10 @@ def _say_dense(update: Dense) -> Slots | str:
     return {"w_norm" if update.kind == "norm" else "diff": whole(update)}
 
 
+def _say_replace(update: Replace) -> Slots | str:
+    return {"set_weight": update.value}
+
+
 def _say_other(update: Update) -> Slots | str:
     """Other additive kinds: as the LoRA that they are, or their delta whole."""
     low = plain_low_rank(update)
@@ -295,6 +310,7 @@ _SAYS: tuple[tuple[type[Update], Callable[[Any], Slots | str]], ...] = (
     (BOFT, _say_oft),
     (SegmentOFT, _say_segments),
     (Dense, _say_dense),
+    (Replace, _say_replace),
 )
 
 

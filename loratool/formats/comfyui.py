@@ -1,0 +1,104 @@
+"""`comfyui`: what ComfyUI saves, and what it reads best.
+
+Read: ``diffusion_model.<module>`` in the names of the original repository, text encoders behind
+``text_encoders.<name>.transformer.``, with any suffix; ComfyUI's own extraction saves ``.lora_up.weight`` and
+``.lora_down.weight`` without alpha, ``.diff`` and ``.diff_b``; its patches ``.set_weight`` (a value that replaces the
+base's) and ``.reshape_weight`` (the shape to which the base is padded with zeros first) are of converted control LoRAs.
+
+Written: UNets under `kohya`'s names, transformers behind ``diffusion_model.`` with ``.lora_A.weight``,
+``.lora_B.weight`` and ``.alpha`` where one is stored, other kinds in LyCORIS' slots, magnitudes as [o,1]. ComfyUI
+ignores alphas in metadata, takes a constraint of OFT for another number, drops its rescale, and has no (IA)3: such are
+losses. Source: ComfyUI `comfy/lora.py`, `comfy/weight_adapter`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from loratool.adapter import Adapter, Loss
+from loratool.architectures import Architecture
+from loratool.formats import dialects, kohya
+from loratool.formats.base import Evidence, Format, kept
+from loratool.formats.dialects import TABLE, WRITTEN, is_slot
+from loratool.formats.modules import held_by
+from loratool.keys import Layout
+from loratool.kinds.rescale import IA3
+from loratool.kinds.rotation import BOFT, OFT, SegmentOFT
+from loratool.tensors import Tensor, write_safetensors
+from loratool.update import Update
+
+_PREFIX = re.compile(r"^(diffusion_model|text_encoders|model\.diffusion_model)\.")
+_CONTROL = 128  # channels of latents and of a control image
+_NAMES = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+DOTTED = Layout(
+    slots=(*((slot, _NAMES.get(slot, suffix)) for slot, suffix in WRITTEN.slots), ("set_weight", ".set_weight"))
+)
+
+
+def sniff(evidence: Evidence) -> str | None:
+    """By its prefixes."""
+    found = next((key for key in evidence.keys if _PREFIX.match(key) and is_slot(key)), None)
+    return f"keys such as {found}" if found else None
+
+
+def read(evidence: Evidence) -> Adapter:
+    """Read such a file. Raises FormatError for what is malformed or unknown."""
+    return dialects.read(evidence, "comfyui")
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """What ComfyUI does not load, or takes for something else."""
+    return _said(adapter)[1]
+
+
+def write(adapter: Adapter, path: Path) -> None:
+    """Write such a file."""
+    tensors, _, known = _said(adapter)
+    if known is None or "unet" in known.components:
+        write_safetensors(path, tensors, kohya.strings(adapter, tensors, known))
+        return
+    strings = {key: value for key, value in adapter.metadata.strings.items() if key != TABLE}
+    write_safetensors(path, tensors, kept(strings, tensors))
+
+
+def _said(adapter: Adapter) -> tuple[dict[str, Tensor], list[Loss], Architecture | None]:
+    adapter, known = dialects.referenced(adapter)
+    if known is None or "unet" in known.components:
+        return *dialects.say(adapter, kohya.holder(adapter, known), refuse=_refused), known
+    tensors, lost = dialects.say(adapter, held_by(known, "comfy"), layout=DOTTED, refuse=_refused)
+    return {**tensors, **_padded(tensors)}, lost, known
+
+
+def _padded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The shape to which a base is padded for FLUX's control LoRAs, whose first layer takes twice the channels."""
+    halves = [tensors.get(f"diffusion_model.img_in.{half}") for half in ("lora_B.weight", "lora_A.weight")]
+    shape = [half.shape[n] for n, half in enumerate(halves) if half]
+    told = Tensor.of(np.array(shape, np.int64))
+    return {"diffusion_model.img_in.reshape_weight": told} if shape[1:] == [_CONTROL] else {}
+
+
+def _refused(update: Update) -> str | None:
+    """Why ComfyUI cannot be given an update that the slots have."""
+    if isinstance(update, IA3):
+        return "an (IA)3, which ComfyUI does not have"
+    if isinstance(update, SegmentOFT):
+        return "an OFT of the segments of a fused projection, which only sd-scripts has"
+    if isinstance(update, OFT | BOFT) and update.alpha:
+        return "a constrained OFT: ComfyUI takes its alpha for another number"
+    return "an OFT with rescale, which ComfyUI drops" if isinstance(update, OFT | BOFT) and update.rescale else None
+
+
+FORMAT = Format(
+    name="comfyui",
+    title="ComfyUI file",
+    kinds=("lora", "dora", "loha", "lokr", "glora", "oft", "boft", "full", "norm"),
+    container="file",
+    sniff=sniff,
+    read=read,
+    write=write,
+    losses=losses,
+)
