@@ -123,7 +123,9 @@ def read(
         modules=model.modules if model else (),
         base=model,
     )
-    return formats.read_adapter(evidence, format)
+    adapter = formats.read_adapter(evidence, format)
+    known = model.configs.get("") if model else None
+    return adapter.with_metadata(base_config=known) if known else adapter
 
 
 def detect(path: AnyPath, *, reading: Reading | None = None) -> tuple[str, str]:
