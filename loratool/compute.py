@@ -17,7 +17,7 @@ from loratool.adapter import Adapter
 from loratool.api import AnyPath, Base, Reading, Source, flattened, model_of, read
 from loratool.errors import LoratoolError, UsageError
 from loratool.files import prepare_output, staged
-from loratool.formats.base import Format
+from loratool.formats.base import Evidence, Format
 from loratool.hashes import sha256
 from loratool.model import Model
 from loratool.ops.changes import Changes, check_values
@@ -318,7 +318,7 @@ def _size(adapter: Adapter, chosen: Format) -> int:
 
 
 def _weights_file(path: Path) -> Path:
-    return path / "adapter_model.safetensors" if path.is_dir() else path
+    return Evidence(path).weights
 
 
 def _to(device: str) -> Callable[[np.ndarray], Any] | None:
@@ -372,7 +372,7 @@ def _write(
         version=__version__,
         inputs=hashes,
         strengths=tuple(strengths),
-        warnings=result.warnings,
+        warnings=(*result.warnings, *chosen.notes(adapter)),
         details=dict(details or {}),
         dry_run=output.dry_run,
     )
