@@ -15,6 +15,7 @@ from loratool.kinds.hadamard import LoHa
 from loratool.kinds.kronecker import LoKr
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
+from loratool.kinds.sparse import Sparse
 from loratool.tensors import Tensor
 from loratool.update import Additive, DoRA, Update, rows
 from tests.samples import WHOLE_LOKR as WHOLE
@@ -640,3 +641,62 @@ def test_a_magnitude_that_fits_neither_side_of_a_loha() -> None:
     with pytest.raises(FormatError, match="does not fit 10 inputs"):
         DoRA(loha(12, 10), normal(3), axis=1)
     assert DoRA(loha(12, 10), normal(5), axis=1).sized((12, 10)) is None
+
+
+# -- sparse residuals ----------------------------------------------------------------------------------------
+
+
+def coordinates(matrix: np.ndarray, dtype: Any = np.int16) -> dict[str, Tensor]:
+    """A matrix as LyCORIS' extraction stores it: 16-bit indices and size, float16 values."""
+    places = np.nonzero(matrix)
+    values = matrix[places].astype(np.float16)
+    size = np.array(matrix.shape).astype(np.uint16).view(dtype)
+    return {
+        "indices": Tensor.of(np.array(places).astype(np.uint16).view(dtype)),
+        "values": Tensor.of(values),
+        "size": Tensor.of(size),
+    }
+
+
+def test_a_sparse_residual_is_its_entries() -> None:
+    """Section 1.1, `bias_indices`; the kernel is flattened."""
+    matrix = np.where(base(12, 30) > 1, base(12, 30), 0).astype(np.float16).astype(np.float64)
+    update = Sparse(**coordinates(matrix), scaling=0.5)
+    close(update.delta(), 0.5 * matrix)
+    sized = update.sized((12, 5, 3, 2))
+    assert isinstance(sized, Sparse)
+    close(sized.delta(3, 7), 0.5 * matrix.reshape(12, 5, 3, 2)[3:7])
+    assert update.sized((12, 5, 3)) is None
+
+
+@pytest.mark.parametrize("shape", [(40000, 2), (2, 40000)])
+def test_indices_beyond_32767_are_not_negative(shape: tuple[int, int]) -> None:
+    """Section 1.1: int16 indices wrap, and so does the size."""
+    matrix = np.zeros(shape)
+    matrix[-1, -1], matrix[0, 1] = 2.0, 1.0
+    update = Sparse(**coordinates(matrix))
+    assert int(update.indices.array().min()) < 0
+    assert update.shape == shape
+    close(update.delta(), matrix, 0)
+
+
+def test_entries_that_occur_twice_are_summed() -> None:
+    twice = Sparse(Tensor.of(np.array([[1, 1], [2, 2]])), Tensor.of(np.float32([1, 2])), Tensor.of(np.array([2, 3])))
+    close(twice.delta(), [[0, 0, 0], [0, 0, 3]], 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"size": Tensor.of(np.array([2, 2]))}, "outside"),
+        ({"size": Tensor.of(np.array([0, 0]))}, "outside"),
+        ({"size": Tensor.of(np.float32([2, 3]))}, "stored as F32"),
+        ({"indices": Tensor.of(np.array([[-1], [2]], np.int64))}, "outside"),
+        ({"indices": Tensor.of(np.array([[0], [-1]], np.int64))}, "outside"),
+        ({"indices": Tensor.of(np.array([1, 2]))}, "no sparse matrix"),
+    ],
+)
+def test_indices_that_are_none_are_refused(changes: dict[str, Tensor], says: str) -> None:
+    sound = Sparse(Tensor.of(np.array([[1], [2]])), Tensor.of(np.float32([1])), Tensor.of(np.array([2, 3])))
+    with pytest.raises(FormatError, match=says):
+        replace(sound, **changes)

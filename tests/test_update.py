@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from loratool.devices import TorchWorker, Worker
 from loratool.errors import FormatError, MatchError, NumericError
+from loratool.kinds.hadamard import LoHa
+from loratool.kinds.kronecker import LoKr
+from loratool.kinds.sparse import Sparse
 from loratool.ops.verify import ulps
 from loratool.tensors import Tensor
 from loratool.update import Dense, DoRA, LowRank, Sum, Update, as_low_rank, trimmed
@@ -90,8 +93,11 @@ def test_plus_adds_the_deltas(name: str) -> None:
 def test_factors_multiply_to_the_delta(name: str) -> None:
     update = ADDITIVE[name]
     pair = update.factors()
-    dense = isinstance(update, Dense) or any(isinstance(part, Dense) for part in getattr(update, "parts", ()))
-    assert (pair is None) is dense
+    parts = getattr(update, "parts", (update,))
+    if all(isinstance(part, (LowRank, LoHa, LoKr)) for part in parts):
+        assert pair is not None
+    if any(isinstance(part, (Dense, Sparse)) for part in parts):
+        assert pair is None
     if pair is not None:
         close((pair[0] @ pair[1]).reshape(update.shape), update.delta())
 

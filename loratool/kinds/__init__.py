@@ -20,6 +20,7 @@ from loratool.kinds.hadamard import LoHa
 from loratool.kinds.kronecker import LoKr
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
+from loratool.kinds.sparse import Sparse
 from loratool.kinds.tokens import Tokens
 from loratool.kinds.truncated import Truncated
 from loratool.tensors import Tensor
@@ -29,7 +30,7 @@ _CLASSES: tuple[type[Update], ...] = (
     *(LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked),
     *(Experts, Entry, AdditiveEntry, Tokens, Truncated),
     *(*factored.KINDS, *composed.KINDS, *based.KINDS),
-    *(LoHa, LoKr, GLoRA, IA3, OFT, SegmentOFT, BOFT, PeftOFT, PeftOldOFT, PeftBOFT),
+    *(LoHa, LoKr, GLoRA, IA3, OFT, SegmentOFT, BOFT, PeftOFT, PeftOldOFT, PeftBOFT, Sparse),
 )
 _DEPTH = 8  # updates inside updates: rows of a sum of DoRAs is three
 KINDS: Mapping[str, type[Update]] = {kind.__name__: kind for kind in _CLASSES}

@@ -15,9 +15,10 @@ from loratool.linalg import recompress
 from loratool.model import Model
 from loratool.names import Names, Unmatched, module_of
 from loratool.ops.compare import Placed, blocks, norm, placed
+from loratool.ops.replicate import shared_layers
 from loratool.ops.resize import Squares, dense_squares, dense_svd, each, factors_of, is_matrix, padded
 from loratool.ops.spectral import Choice, Piece, Result, fresh_metadata, stored, summarise, wide_factors
-from loratool.tensors import DTYPES, Tensor
+from loratool.tensors import DTYPES, FLOATS, Tensor
 from loratool.update import Additive, Dense, DoRA, Layer, LowRank, Update, as_low_rank, trimmed
 
 _NOISE = 1e-7  # singular values of a float32 matrix below that share of the largest are rounding
@@ -42,6 +43,7 @@ def add(
         raise UsageError(f"{len(given)} strengths for {len(adapters)} adapters", hint="one for each, or none")
     if not all(map(math.isfinite, given)):
         raise UsageError("a strength is not a finite number")
+    shared_layers(adapters)
     choice = Choice(rank or None) if rank is not None else None
     terms = _terms(adapters, given, model)
 
@@ -160,7 +162,8 @@ def _stacked(lows: Sequence[LowRank]) -> LowRank:
 
 def _dtypes(updates: Sequence[Update]) -> str:
     """A dtype that holds the factors of all of them as they are."""
-    dtypes = {t.dtype for update in updates for slot, t in update.slots.items() if not slot.endswith("magnitude")}
+    named = ((slot, t.dtype) for update in updates for slot, t in update.slots.items())
+    dtypes = {dtype for slot, dtype in named if not slot.endswith("magnitude") and dtype in FLOATS}
     return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
 
 

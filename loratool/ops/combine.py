@@ -28,7 +28,7 @@ from loratool.ops.add import add
 from loratool.ops.compare import Factored, Placed, blocks, placed
 from loratool.ops.resize import same_shape
 from loratool.ops.spectral import Piece, Result, factor_error, fresh_metadata, summarise, wide_factors
-from loratool.tensors import Tensor
+from loratool.tensors import FLOATS, Tensor
 from loratool.update import Dense, Layer, LowRank, Sum, Update, as_low_rank
 
 Method = Literal["linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots"]
@@ -255,7 +255,8 @@ def _piece(terms: Sequence[_Term], found: Truncation) -> Piece:
     """What the written LoRA must look like: as the first adapter's, in a dtype that holds what all of them hold."""
     first = terms[0].update
     rest = first.shape[:1] if terms[0].transposed else first.shape[1:]
-    dtypes = {tensor.dtype for term in terms for slot, tensor in term.update.slots.items() if slot != "magnitude"}
+    named = ((slot, tensor.dtype) for term in terms for slot, tensor in term.update.slots.items())
+    dtypes = {dtype for slot, dtype in named if slot != "magnitude" and dtype in FLOATS}
     dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
     scaling = first.scaling if isinstance(first, LowRank) else 1.0
     stabilised = isinstance(first, LowRank) and first.rank_stabilised

@@ -29,7 +29,7 @@ from loratool.ops.spectral import (
     summarise,
     wide_factors,
 )
-from loratool.tensors import Tensor
+from loratool.tensors import FLOATS, Tensor
 from loratool.update import Dense, Layer, LowRank, Sum, Update, trimmed
 
 SizeOf = Callable[[Adapter], int]  # bytes of the weights file that an adapter will make
@@ -118,7 +118,7 @@ class _Module:
 
     def piece(self, choice: Choice) -> Piece:
         """As much of the SVD as ``choice`` needs, and what the new LoRA must look like."""
-        slots = self.update.slots
+        slots = {slot: tensor for slot, tensor in self.update.slots.items() if tensor.dtype in FLOATS}
         down = slots.get("down") or next(iter(slots.values()))
         dtypes = self.stored or down.dtype, self.stored or slots.get("up", down).dtype
         lows, pair = lows_of(self.update), factors_of(self.update)
