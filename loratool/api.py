@@ -175,6 +175,7 @@ def plan_convert(
     to: str,
     source_format: str | None = None,
     base: Base | None = None,
+    layout: str | None = None,
     dtype: str = "keep",
     allow_loss: bool = False,
     allow_unmatched: bool = False,
@@ -199,6 +200,10 @@ def plan_convert(
     if model is not None:
         target, unmatched = fit(source, model, allow_unmatched)
         target = target.with_metadata(base_config=model.configs.get("", {}))
+    if layout is not None:
+        from loratool.ops.relayout import relayout
+
+        target = relayout(target, layout)
     target = cast(target, stored)
     losses = formats.check_losses(target, chosen, allow_loss)
     warnings = (*source.metadata.warnings, *values.warnings, *chosen.notes(target))
@@ -214,6 +219,7 @@ def convert(
     to: str,
     source_format: str | None = None,
     base: Base | None = None,
+    layout: str | None = None,
     dtype: str = "keep",
     allow_loss: bool = False,
     allow_unmatched: bool = False,
@@ -223,6 +229,7 @@ def convert(
     """Convert an adapter to another format: the same deltas under other names.
 
     ``dtype`` is one of keep, fp32, fp16, bf16. ``base`` gives names, and every module must then have its place in it.
+    ``layout``, transformers-4 or transformers-5, names modules as that version does (experts one by one, or stacked).
     Raises what `read` and `write` raise, MatchError, and NumericError (NaN; a dtype that cannot hold a value).
     """
     planned = plan_convert(
@@ -231,6 +238,7 @@ def convert(
         to=to,
         source_format=source_format,
         base=base,
+        layout=layout,
         dtype=dtype,
         allow_loss=allow_loss,
         allow_unmatched=allow_unmatched,

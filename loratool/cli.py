@@ -226,6 +226,11 @@ def formats_command(json: bool) -> None:
 @click.option("--to", metavar="FORMAT", required=True, help="The format to write (see: loratool formats).")
 @click.option("--from", "source_format", metavar="FORMAT", help="Read as this format.")
 @_base_option
+@click.option(
+    "--layout",
+    type=click.Choice(("transformers-4", "transformers-5")),
+    help="Name modules, and stack experts, as that version does.",
+)
 @_dtype
 @_flag("--allow-loss", help="Write what the format can say; list the rest.")
 @_allow_unmatched

@@ -94,7 +94,7 @@ class Layouts:
     def _apart(self, target: str, expert: Expert, update: Update) -> Iterator[tuple[Expert, Update]]:
         """A stack [E,o,i] as the projections of each of its experts."""
         like = self._sizes(expert)
-        for number, one in enumerate(_each(target, update, like)):
+        for number, one in enumerate(each_expert(target, update, lambda shape: like in (None, shape))):
             if expert.role != "gate_up":
                 yield expert._replace(number=number), one
                 continue
@@ -210,21 +210,21 @@ class Layouts:
         return found
 
 
-def _each(target: str, update: Update, like: tuple[int, int] | None) -> Iterator[Update]:
-    """Each expert's update [o,i] of a stack [E,o,i]; ``like`` is the shape that the base's experts have.
+def each_expert(target: str, update: Update, fits: Callable[[tuple[int, ...]], bool]) -> Iterator[Update]:
+    """Each expert's update [o,i] of a stack [E,o,i]; ``fits`` tells whether that is the shape of the base's experts.
 
     Raises MatchError where the stack's orientation cannot be told, or its kind cannot be taken apart.
     """
     if isinstance(update, Dense) and len(update.shape) == 3:
         for number in range(update.shape[0]):
-            one = update.value.slice(number, number + 1).reshape(*update.shape[1:])
-            yield replace(update, value=one)
+            value = update.value.slice(number, number + 1).reshape(*update.shape[1:])
+            yield replace(update, value=value)
         return
     if not isinstance(update, Experts):
         raise MatchError(f"an update of kind {update.kind} of a stack of experts cannot be taken apart", target)
-    orders = [one for one in update.orders(False) if like is None or one.shape[1:] == like]
+    orders = [one for one in update.orders(False) if fits(one.shape[1:])]
     if not orders:
-        raise MatchError(f"shapes differ: the adapter's experts are {list(update.shape)}, the base's {like}", target)
+        raise MatchError(f"shapes differ: the adapter's experts are {list(update.shape)}", target, "of another base?")
     for number in range(update.experts):
         one = orders[0].expert(number)
         if orders[0].order == "transposed":  # delta = (up @ down).T of the stored [o,i]

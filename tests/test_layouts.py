@@ -277,3 +277,99 @@ def test_names_of_both_versions_of_transformers_are_found(one: str, other: str, 
     loratool.merge(base, Adapter({ours: update}, {}, Metadata("raw")), out=tmp_path / "merged")
     merged = read_model(tmp_path / "merged").parameters[f"{theirs}.weight"][0].tensor.array()
     np.testing.assert_allclose(merged - tensors[f"{theirs}.weight"].array(), update.delta(), atol=1e-6)
+
+
+# ---------------------------------------------------------------- convert --layout
+
+FOUR, FIVE = "transformers-4", "transformers-5"
+
+
+def relaid(updates: dict[str, Update], layout: str, config: dict[str, Any]) -> Adapter:
+    from loratool.ops.relayout import relayout
+
+    return relayout(Adapter(updates, {}, Metadata("raw", base_config=config)), layout)
+
+
+def one_of_each(model: str) -> dict[str, Update]:
+    if model == "mixtral":
+        return ADAPTERS["mixtral's names"]()
+    return ADAPTERS["others' names"]()
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])
+def test_experts_are_stacked_and_taken_apart_again(model: str) -> None:
+    config = {"model_type": model, "hidden_size": H, "num_local_experts": E, "num_experts": E}
+    alone = one_of_each(model)
+    five = relaid(alone, FIVE, config)
+    assert set(five.updates) == {f"{LAYER}.mlp.experts.gate_up_proj", f"{LAYER}.mlp.experts.down_proj"}
+    wanted = expected(False, False)
+    for name, change in zip(("gate_up_proj", "down_proj"), wanted, strict=True):
+        update = five.updates[f"{LAYER}.mlp.experts.{name}"]
+        assert isinstance(update, Experts)
+        np.testing.assert_allclose(update.delta(), change, atol=2e-6)
+    four = relaid(dict(five.updates), FOUR, config)
+    assert set(four.updates) == set(alone)
+    for name, update in four.updates.items():
+        assert isinstance(update, LowRank)
+        np.testing.assert_allclose(update.delta(), alone[name].apply(np.zeros(update.shape, np.float32)), atol=2e-6)
+
+
+def test_an_expert_without_an_update_and_one_of_another_rank_are_padded() -> None:
+    config = {"model_type": "mixtral", "hidden_size": H, "num_local_experts": E}
+    wide = LowRank(Tensor.of(values(3, I)), Tensor.of(values(H, 3)), alpha=1.0)
+    prefix = f"{LAYER}.block_sparse_moe.experts"
+    made = relaid({f"{prefix}.1.w2": DOWN[1], f"{prefix}.3.w2": wide, f"{prefix}.0.w3": UP[0]}, FIVE, config).updates
+    down, both = made[f"{LAYER}.mlp.experts.down_proj"], made[f"{LAYER}.mlp.experts.gate_up_proj"]
+    assert isinstance(down, Experts) and isinstance(both, Experts)
+    change = np.zeros((E, H, I), np.float32)
+    change[1], change[3] = DOWN[1].delta(), wide.delta()
+    np.testing.assert_allclose(down.delta(), change, atol=2e-6)
+    change = np.zeros((E, 2 * I, H), np.float32)
+    change[0, I:] = UP[0].delta()
+    np.testing.assert_allclose(both.delta(), change, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "four", "five"),
+    [
+        ("llava", "language_model.model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
+        ("llava", "language_model.lm_head", "lm_head"),
+        ("qwen2_vl", "model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
+        ("qwen2_vl", "visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv"),
+        ("gpt_neox", "embed_out", "lm_head"),
+        ("llama", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+    ],
+)
+def test_prefixes_of_both_versions(kind: str, four: str, five: str) -> None:
+    config = {"model_type": kind}
+    for given, layout, wanted in ((four, FIVE, five), (five, FIVE, five), (five, FOUR, four), (four, FOUR, four)):
+        assert list(relaid({given: lora(7, 5)}, layout, config).updates) == [wanted]
+
+
+def test_a_layout_that_nothing_tells_is_refused() -> None:
+    experts = one_of_each("mixtral")
+    with pytest.raises(MatchError, match="type of the base model"):
+        relaid(experts, FIVE, {})
+    with pytest.raises(MatchError, match="how the experts"):
+        relaid(experts, FIVE, {"model_type": "gpt_oss"})
+    with pytest.raises(MatchError, match="expert 3 of 2"):
+        relaid(experts, FIVE, {"model_type": "mixtral", "num_local_experts": 2})
+
+
+def test_peft_loads_experts_that_were_stacked(moe: Callable[[str], Path], tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    alone = Adapter(one_of_each("mixtral"), {}, Metadata("raw"))
+    loratool.write(alone, tmp_path / "four.safetensors", format="raw")
+    loratool.convert(tmp_path / "four.safetensors", tmp_path / "five", to="peft", base=moe("mixtral"), layout=FIVE)
+    loratool.merge(moe("mixtral"), alone, out=tmp_path / "merged")
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32")(tokens).logits
+        model = AutoModelForCausalLM.from_pretrained(moe("mixtral"), dtype="float32")
+        plain = model(tokens).logits
+        adapted = PeftModel.from_pretrained(model, tmp_path / "five")(tokens).logits
+    assert (merged - plain).abs().max() > 1e-3
+    torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=1e-5)

@@ -127,7 +127,7 @@ def heads_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     keys = next((told[key] for key in ("num_key_value_heads", "num_kv_heads", "n_head_kv") if key in told), heads)
     if config.get("model_type") == "falcon" and not told.get("new_decoder_architecture"):
         keys = 1 if told.get("multi_query", True) else heads
-    if not all(type(n) is int and 0 < n < 1 << 16 for n in (heads, keys)) or heads is None or heads % keys:
+    if not (type(heads) is int and type(keys) is int and 0 < keys <= heads < 1 << 16) or heads % keys:
         return None
     return heads, keys
 

@@ -104,4 +104,4 @@ class AdditiveEntry(Entry, Additive):
 def entry(inner: Update, rows: int, columns: int, axis: int, start: int, stop: int, step: int = 1) -> Entry:
     """An entry of the right class."""
     made = AdditiveEntry if isinstance(inner, Additive) else Entry
-    return made(inner, rows, columns, axis, start, stop, step)  # type: ignore[arg-type]
+    return made(inner, rows, columns, axis, start, stop, step)

@@ -42,6 +42,8 @@ def fit(adapter: Adapter, model: Model, allow_unmatched: bool = False) -> tuple[
     updates = dict(adapter.updates)
     spellings = dict(adapter.spellings)
     for found in matches:
+        if found.how == "layout" and not (found.place.whole and found.update is updates.get(found.target)):
+            continue  # its base has it in parts: it keeps its own name
         del updates[found.target]
         # a renamed place goes by the base's name; rows of a fused weight keep the module's own
         named = found.how != "exact" and found.place.whole and not found.place.transposed
