@@ -262,7 +262,8 @@ def test_a_size_is_kept_and_used(tmp_path: Path) -> None:
     updates = {n: low(s[0], s[1], 6, *s[2:], seed=k) for k, (n, s) in enumerate(shapes.items())}
     source = Adapter(updates, {}, Metadata("diffusers", strings={"note": "ö" * 300}))
     most = max(4 * (s[0] + int(np.prod(s[1:]))) for s in shapes.values())
-    languages = ("gguf", "mlx", "torchtune", "litgpt", "loralib", "mistral", "tinker")  # one rank for all, or no such names
+    # these have one rank for all modules, or no names for these
+    languages = ("gguf", "mlx", "torchtune", "litgpt", "loralib", "mistral", "tinker")
     for format in (format for format in FORMATS if format.writes and format.name not in languages):
         whole = compute.resize(source, tmp_path / f"{format.name}-whole", rank=6, to=format.name)
         for share in (0.7, 0.85, 1.0, 1.2):
