@@ -60,6 +60,7 @@ FORMATS: tuple[Format, ...] = (
 RECOGNISED: tuple[tuple[str, str], ...] = (
     ("a control LoRA (ControlNet)", r"^lora_controlnet$"),
     ("a ControlNet-LLLite", r"^lllite_"),
+    ("a NeMo or Megatron checkpoint (export it in Hugging Face's form)", r"\.adapter\.linear_(in|out)\.|\.lora_kqv_adapter\."),
     ("a sparse residual (bias_indices)", r"\.bias_(indices|values|size)$"),
 )
 _INVERSION = re.compile(r"^(emb_params|clip_[lg]|t5|llama|string_to_param(\..*)?|<[^>]+>)$")  # all that a file has
