@@ -7,6 +7,7 @@ writes it. Values lie where the base has them: in the message, or in one externa
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,8 +243,11 @@ def external_name(out: Path) -> str:
     return f"{out.name}.data"
 
 
-def lay_out(edit: Edit, data_name: str) -> Layout:
-    """Decide where each tensor of the output goes, and note it in a copy of the message."""
+def lay_out(edit: Edit, data_name: str, shared: bool = False) -> Layout:
+    """Decide where each tensor of the output goes, and note it in a copy of the message.
+
+    ``shared``: external values that stay as they are stay in the base's files.
+    """
     graph, model = edit.graph, _copy(edit.model)
     steps: list[Step] = []
     wanted: list[tuple[Any, Step, bool]] = []  # message, values, whether these go into the data file
@@ -253,7 +257,7 @@ def lay_out(edit: Edit, data_name: str) -> Layout:
     for proto in (*main.values(), *(t for t in tensors_of(model) if id(t) not in main and t.data_location == EXTERNAL)):
         weight = graph.weights.get(Value(0, proto.name)) if id(proto) in main else regions[_place(proto)]
         new = edit.values.get(proto.name) if id(proto) in main else None
-        if weight is None and new is None:
+        if new is None and (weight is None or (shared and weight.external)):
             continue  # strings, packed integers: they stay in the message
         tensor = new.tensor if new else weight.tensor  # type: ignore[union-attr]
         name = proto.name if id(proto) in main else f"{len(steps)} {proto.name}"
@@ -313,14 +317,17 @@ def write_graph(
     metadata: Mapping[str, str],
     device: str = "auto",
     progress: Progress | None = None,
+    shared: bool = False,
 ) -> Written:
     """Write a changed graph to ``path``, its external data, where it has some, beside it; neither may exist.
 
-    ``inputs`` are hashed into the metadata, beside ``metadata``. For output that appears whole or not at all see
-    `files.staged_beside`. Raises LoratoolError (I/O, out of disk), NumericError (NaN, overflow).
+    ``inputs`` are hashed into the metadata, beside ``metadata``. ``shared``: for a moment's use only, values that
+    stay are not copied, but the base's files linked beside ``path``, where the file system can. For output that
+    appears whole or not at all see `files.staged_beside`. Raises LoratoolError (I/O, out of disk), NumericError (NaN,
+    overflow).
     """
     data = path.with_name(external_name(path))
-    layout = lay_out(edit, data.name)
+    layout = lay_out(edit, data.name, shared and _link(edit.graph, path.parent))
     plan = Plan((OutputFile(path.name, layout.steps, {}),), inputs=inputs)
     chosen = choose("cpu-numpy" if device in ("auto", "cpu") else device, {})
     blank = Outcome(dict.fromkeys(inputs, "0" * 64), "0" * 64, Tally())
@@ -338,6 +345,23 @@ def write_graph(
     finally:
         writer.close()
     return Written(path, data if layout.external else None, length(pieces) + layout.data_bytes, outcome)
+
+
+def _link(graph: Graph, folder: Path) -> bool:
+    """Put links to the external data of a graph into ``folder``; whether all could be made.
+
+    Hard ones: onnxruntime refuses symbolic links that leave the folder.
+    """
+    for location in {e.value for w in graph.weights.values() for e in w.proto.external_data if e.key == "location"}:
+        place = folder / location
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link((graph.path.parent / location).resolve(), place)
+        except FileExistsError:
+            continue  # two spellings of one file
+        except OSError:
+            return False
+    return True
 
 
 def check_output(

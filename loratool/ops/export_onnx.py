@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.adapter import Adapter, is_bias
 from loratool.errors import FormatError, MatchError, UsageError, some
-from loratool.files import prepare_output, staged_beside
+from loratool.files import prepare_output, remove, staged_beside
 from loratool.model import Model
 from loratool.onnx.fold import Change, Edit, check_output, external_name, lay_out, write_graph
 from loratool.onnx.graph import Graph
@@ -265,7 +265,7 @@ def _prover(verify: bool | None) -> Callable[[Export, Path, Sequence[Path]], Any
     onnxruntime()
 
     def proof(planned: Export, output: Path, files: Sequence[Path]) -> Verification:
-        reference = output.with_name("reference.onnx")
+        reference = output.parent / "reference" / "loratool-reference.onnx"
         try:
             return prove(planned.graph, _trials(planned, output, files, reference), scratch=output.parent)
         except BaseError as error:
@@ -273,15 +273,9 @@ def _prover(verify: bool | None) -> Callable[[Export, Path, Sequence[Path]], Any
                 raise
             return Verification(False, notes=(f"not verified: {error.what}",))
         finally:
-            _remove(reference)
+            remove(reference.parent)
 
     return proof
-
-
-def _remove(graph: Path) -> None:
-    """Delete a graph and its external data."""
-    for path in (graph, graph.with_name(external_name(graph))):
-        path.unlink(missing_ok=True)
 
 
 def _trials(planned: Export, output: Path, files: Sequence[Path], reference: Path) -> Iterator[Trial]:
@@ -294,8 +288,10 @@ def _trials(planned: Export, output: Path, files: Sequence[Path], reference: Pat
 
     for number, file in enumerate(files or [None]):
         own = [change for change in planned.changes if file is None or change.adapter == number]
-        _remove(reference)
-        write_graph(branch(planned.graph, own, dense=planned.mode == "branch"), reference, inputs={}, metadata={})
+        remove(reference.parent)
+        reference.parent.mkdir()
+        edit = branch(planned.graph, own, dense=planned.mode == "branch")
+        write_graph(edit, reference, inputs={}, metadata={}, shared=True)
         yield Trial(output, reference, file)
 
 
