@@ -5,7 +5,6 @@ Each is checked against its own definition of the delta, written down here anew,
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from collections.abc import Mapping
@@ -919,6 +918,65 @@ def test_malformed_loralib_is_refused(tensors: Any, what: str, tmp_path: Path) -
         loratool.read(pickled(tmp_path / "x.pt", tensors), reading=PICKLES)
 
 
+# -- dialects that are PEFT's ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        # Unsloth: one long regular expression for its targets, a quantised base's name
+        (
+            "unsloth",
+            {
+                "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|v_proj|down_proj).*?)"
+                r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|v_proj|down_proj)))",
+                "base_model_name_or_path": "unsloth/llama-3.2-1b-bnb-4bit",
+                "auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True},
+                "peft_version": "0.18.0",
+                "lora_dropout": 0,
+            },
+        ),
+        # Megatron-Bridge and NeMo-Automodel: PEFT's folder, target_modules by leaf
+        (
+            "megatron",
+            {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM", "lora_dropout": 0.0},
+        ),
+    ],
+)
+def test_what_unsloth_and_megatron_export_is_peft(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    shapes = {n: s for n, s in BODY.items() if n.endswith(("q_proj", "v_proj", "down_proj"))}
+    adapter = llm.adapter(shapes, rank=4, alpha=8.0, dtype="BF16")
+    tensors = {
+        f"base_model.model.{module}.lora_{half}.weight": tensor
+        for module, update in adapter.updates.items()
+        for half, tensor in zip("AB", update.slots.values(), strict=True)
+    }
+    folder = tmp_path / name
+    folder.mkdir()
+    write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    base = llm.base(tmp_path / "base")
+    found = loratool.read(folder, base=base)
+    assert found.metadata.format == "peft"
+    llm.assert_same_deltas(adapter, found)
+    loratool.convert(folder, tmp_path / "x.gguf", to="gguf", base=base)
+    llm.assert_same_deltas(adapter, loratool.read(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight",
+        "model.layers.0.lora_kqv_adapter.linear_in.weight",
+    ],
+)
+def test_nemo_s_own_checkpoints_are_refused_by_name(key: str, tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", {key: normal(2, 3)}, {})
+    with pytest.raises(FormatError, match="NeMo"):
+        loratool.detect(tmp_path / "x.safetensors")
+
+
 # -- all of them ---------------------------------------------------------------------------------------------------
 
 ALL = ("gguf", "mlx", "torchtune", "litgpt", "loralib", "mistral", "tinker")
@@ -975,10 +1033,23 @@ def test_any_to_any_by_delta(one: str, other: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ALL)
+def test_computed_adapters_are_written_too(format: str, tmp_path: Path) -> None:
+    """resize, with ranks of its own and within a size, and add: the base tells what the format needs."""
+    base, out = llm.base(tmp_path / "base", config=FULL), tmp_path / "out"
+    folder = written(llm.adapter(BODY, {}, rank=6, alpha=12.0), tmp_path, "peft", "peft")
+    whole = loratool.resize(folder, tmp_path / "whole", rank=6, base=base, to=format)
+    report = loratool.resize(folder, out, max_size=whole.bytes * 2 // 3, base=base, to=format)
+    assert report.bytes <= whole.bytes * 2 // 3
+    made = loratool.read(out, base=base, reading=scaled(2.0))
+    assert max(update.rank or 0 for update in made.updates.values()) < 6
+    twice = loratool.add(folder, folder, out=out, base=base, to=format, overwrite=True)
+    assert twice.format == format and twice.relative_error < 1e-6
+
+
+@pytest.mark.parametrize("format", ALL)
 def test_the_same_adapter_gives_the_same_bytes(format: str, tmp_path: Path) -> None:
     adapter = llm.adapter({name: shape for name, shape in BODY.items() if "v_proj" in name}, FULL)
     files = [written(adapter, tmp_path, format, name) for name in ("one", "two")]
     if files[0].is_dir():
         files = [folder / "adapters.safetensors" for folder in files]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert io.BytesIO(files[0].read_bytes()).getbuffer().nbytes > 0

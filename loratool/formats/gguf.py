@@ -110,7 +110,8 @@ def read(evidence: Evidence) -> Adapter:
                 raise FormatError("two tensors of one module", f"{file.path}: {key} and {spellings[name]}")
             updates[name], spellings[name] = update, key
     strings = {key: pairs[key] for key in pairs if key in _KEPT or (key.startswith("loratool.") and key != BASE)}
-    metadata = llm.metadata(evidence, "gguf", strings=strings, architecture=dialect.known.name, base_config=config)
+    kind = next(kind for kind, known in LLAMA_CPP.items() if known is dialect.known)
+    metadata = llm.metadata(evidence, "gguf", strings=strings, architecture=kind, base_config=config)
     return Adapter(updates, {}, metadata, spellings)
 
 
