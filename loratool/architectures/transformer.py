@@ -141,9 +141,9 @@ class Transformer(Architecture):
 
     def shapes(self, size: Size | None = None) -> Mapping[str, Shape]:
         """The shape of each module's weight, by reference name, in a published size (the first one)."""
-        size = size or self.sizes[0]
-        found: Mapping[str, Shape] = self._by_size.setdefault(size.name, dict(self._modules(size)))
-        return found
+        if size is None:
+            return self._usual_shapes
+        return dict(self._modules(size))
 
     def modules(self) -> tuple[str, ...]:
         return tuple(self.shapes())
@@ -159,8 +159,8 @@ class Transformer(Architecture):
         return found
 
     @cached_property
-    def _by_size(self) -> dict[str, dict[str, Shape]]:
-        return {}
+    def _usual_shapes(self) -> Mapping[str, Shape]:
+        return dict(self._modules(self.sizes[0]))
 
     def _modules(self, size: Size) -> Iterator[tuple[str, Shape]]:
         yield from ((name, shape) for name, line, shape in self._lines(size) if line.parameter)

@@ -1,0 +1,328 @@
+"""The tables of diffusion transformers, against diffusers: its models tell the modules, its converters the names."""
+
+from __future__ import annotations
+
+import pytest
+
+from loratool.architectures import TRANSFORMERS, architecture, identify, identify_checkpoint, identify_names
+from loratool.architectures.base import Segment, Shape, flat
+from loratool.architectures.rows import Size
+from loratool.architectures.transformer import Transformer, spelled
+
+WORLDS = ("kohya", "comfy", "native", "diffusers")
+every = pytest.mark.parametrize("known", TRANSFORMERS, ids=lambda known: known.name)
+
+# class -> how it calls its numbers of blocks, and the letters of the table's
+DEPTHS = {
+    "ZImage": {"n_layers": "#b"},
+    "AuraFlow": {"num_mmdit_layers": "#d", "num_single_dit_layers": "#s"},
+    **dict.fromkeys(("Flux", "Chroma", "Flux2", "HiDreamImage"), {"num_layers": "#d", "num_single_layers": "#s"}),
+    **dict.fromkeys(
+        ("HunyuanVideo", "HunyuanVideoFramepack", "HunyuanImage"), {"num_layers": "#d", "num_single_layers": "#s"}
+    ),
+    "HunyuanVideo15": {"num_layers": "#d"},
+}
+SD3 = {"sample_size": 128, "pos_embed_max_size": 192, "num_attention_heads": 24, "caption_projection_dim": 1536}
+SD35 = SD3 | {"qk_norm": "rms_norm"}
+COG = {"num_attention_heads": 48, "use_rotary_positional_embeddings": True}
+WAN_13 = {"num_attention_heads": 12, "ffn_dim": 8960}
+WAN_5 = {"num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+WAN_IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+SANA_06 = {"num_attention_heads": 36, "num_cross_attention_heads": 16}
+SANA_06 |= {"cross_attention_head_dim": 72, "cross_attention_dim": 1152}
+HIDREAM = {"patch_size": 2, "in_channels": 16, "out_channels": 16, "caption_channels": [4096] * 2}
+KLEIN = {"joint_attention_dim": 7680, "num_attention_heads": 24, "guidance_embeds": False}
+GLYPHS = {"text_embed_2_dim": 1472}
+MODELS = [  # (architecture, size, class, what differs from the class's defaults)
+    ("flux", "dev", "Flux", {"guidance_embeds": True}),
+    ("flux", "schnell", "Flux", {}),
+    ("flux", "control", "Flux", {"guidance_embeds": True, "in_channels": 128, "out_channels": 64}),
+    ("flux", "fill", "Flux", {"guidance_embeds": True, "in_channels": 384, "out_channels": 64}),
+    ("chroma", "chroma", "Chroma", {}),
+    ("flux2", "dev", "Flux2", {}),
+    ("flux2", "klein-4b", "Flux2", KLEIN),
+    ("flux2", "klein-9b", "Flux2", KLEIN | {"num_attention_heads": 32, "joint_attention_dim": 12288}),
+    ("sd3", "3-medium", "SD3", SD3),
+    ("sd3", "3.5-large", "SD3", SD35 | {"num_attention_heads": 38, "caption_projection_dim": 2432}),
+    ("sd3", "3.5-medium", "SD3", SD35 | {"pos_embed_max_size": 384, "dual_attention_layers": (0, 1)}),
+    ("wan", "14b", "Wan", {}),
+    ("wan", "1.3b", "Wan", WAN_13),
+    ("wan", "2.2-5b", "Wan", WAN_5),
+    ("wan", "i2v-14b", "Wan", WAN_IMAGE),
+    ("wan", "2.2-i2v-14b", "Wan", {"in_channels": 36}),
+    ("wan", "flf2v-14b", "Wan", WAN_IMAGE | {"pos_embed_seq_len": 514}),
+    ("wan", "vace-14b", "WanVACE", {"vace_layers": [0, 1]}),
+    ("wan", "vace-1.3b", "WanVACE", WAN_13 | {"vace_layers": [0, 2]}),
+    ("qwen-image", "20b", "QwenImage", {}),
+    ("qwen-image", "layered", "QwenImage", {"use_additional_t_cond": True}),
+    ("z-image", "6b", "ZImage", {}),
+    ("lumina2", "2b", "Lumina2", {"cap_feat_dim": 2304}),
+    ("hunyuan-video", "t2v", "HunyuanVideo", {}),
+    ("hunyuan-video", "i2v", "HunyuanVideo", {"in_channels": 33, "guidance_embeds": False}),
+    ("hunyuan-video", "framepack", "HunyuanVideoFramepack", {"has_image_proj": True, "has_clean_x_embedder": True}),
+    ("hunyuan-video-1.5", "8b", "HunyuanVideo15", {}),
+    ("hunyuan-image-2.1", "2.1", "HunyuanImage", GLYPHS),
+    ("hunyuan-image-2.1", "2.1-distilled", "HunyuanImage", GLYPHS | {"guidance_embeds": True, "use_meanflow": True}),
+    ("ltx", "2b", "LTXVideo", {}),
+    ("ltx", "13b", "LTXVideo", {"attention_head_dim": 128, "cross_attention_dim": 4096}),
+    ("ltx2", "19b", "LTX2Video", {}),
+    ("cogvideox", "2b", "CogVideoX", {}),
+    ("cogvideox", "5b", "CogVideoX", COG),
+    ("cogvideox", "5b-i2v", "CogVideoX", COG | {"in_channels": 32, "use_learned_positional_embeddings": True}),
+    ("cogvideox", "1.5-5b", "CogVideoX", COG | {"patch_size_t": 2}),
+    ("cogvideox", "1.5-5b-i2v", "CogVideoX", COG | {"patch_size_t": 2, "in_channels": 32, "ofs_embed_dim": 512}),
+    ("hidream", "i1", "HiDreamImage", HIDREAM | {"llama_layers": [0]}),
+    ("mochi", "10b", "Mochi", {}),
+    ("pixart", "sigma", "PixArt", {"caption_channels": 4096, "use_additional_conditions": False}),
+    ("pixart", "alpha", "PixArt", {"caption_channels": 4096}),
+    ("auraflow", "0.3", "AuraFlow", {"pos_embed_max_size": 9216}),
+    ("sana", "1.6b", "Sana", {}),
+    ("sana", "0.6b", "Sana", SANA_06),
+    ("krea2", "2", "Krea2", {}),
+    ("anima", "2b", "Cosmos", {"num_attention_heads": 16, "extra_pos_embed_type": None}),
+    ("anima", "14b", "Cosmos", {"num_attention_heads": 40, "extra_pos_embed_type": None}),
+]
+# the numbers of blocks of the published models, by class: those that a size tells must be these
+PUBLISHED = {
+    "flux": {"#d": 19, "#s": 38},
+    "chroma": {"#d": 19, "#s": 38, "#l": 5},
+    "qwen-image": {"#b": 60},
+    "hunyuan-video-1.5": {"#d": 54, "#r": 2},
+    "mochi": {"#b": 48, "#c": 47, "#l": range(47, 48)},
+}
+
+
+def few(size: Size, depth: int = 3) -> Size:
+    """The size with at most that many blocks of a kind; what is said of the first and of the last block holds."""
+    names = {letter: size.numbers(letter) for letter in size.blocks}
+    most = max((names[letter].stop for letter in ("#b",) if letter in names), default=0)
+    blocks = {}
+    for letter, numbers in names.items():
+        lacking = most - numbers.stop if most > depth else 0  # #c: all but the last; #a: the first 13
+        stop = depth - lacking if lacking == 1 else min(numbers.stop, depth - 1 if lacking > 1 else depth)
+        start = depth - 1 if numbers.start == most - 1 and most > depth else min(numbers.start, depth - 1)
+        blocks[letter] = range(start, stop)
+    return Size(size.name, size.widths, blocks, size.features)
+
+
+def get(name: str) -> Transformer:
+    known = architecture(name)
+    assert isinstance(known, Transformer)
+    return known
+
+
+def size_of(known: Transformer, name: str) -> Size:
+    return next(size for size in known.sizes if size.name == name)
+
+
+def main_shapes(known: Transformer, size: Size | None = None) -> dict[str, Shape]:
+    """The modules of the transformer itself."""
+    return {name: shape for name, shape in known.shapes(size).items() if name.startswith("transformer.")}
+
+
+def meta(name: str, config: dict[str, object]):
+    torch = pytest.importorskip("torch")
+    models = pytest.importorskip("diffusers.models.transformers")
+    found = next(kind for kind in vars(models) if kind.startswith(f"{name}Transformer"))
+    with torch.device("meta"):
+        return getattr(models, found)(**config)
+
+
+# --- modules -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size", "kind", "config"), MODELS, ids=lambda value: str(value)[:16])
+def test_the_modules_are_those_of_diffusers_model(name: str, size: str, kind: str, config: dict[str, object]) -> None:
+    """Every parameter of every published size, and its shape, in three blocks of each kind."""
+    known = get(name)
+    small = few(size_of(known, size))
+    depths = {key: len(small.numbers(letter)) for key, letter in DEPTHS.get(kind, {"num_layers": "#b"}).items()}
+    if kind == "HiDreamImage":
+        config = config | {"num_routed_experts": 3}
+        small = Size(small.name, {**small.widths, "n": 3}, {**small.blocks, "#c": 3 + 3 + 1}, small.features)
+    if kind == "WanVACE":
+        small = Size(small.name, small.widths, {**small.blocks, "#v": 2}, small.features)
+    if kind == "Chroma":
+        config = config | {"approximator_layers": 3}
+    theirs = {key: tuple(tensor.shape) for key, tensor in meta(kind, config | depths).state_dict().items()}
+    ours = known.parameters(small).items()
+    start = "transformer."
+    assert {key.removeprefix(start): shape for key, shape in ours if key.startswith(start)} == theirs
+
+
+def test_every_size_of_every_family_is_compared() -> None:
+    told = {(name, size) for name, size, _, _ in MODELS}
+    assert {(known.name, size.name) for known in TRANSFORMERS for size in known.sizes} == told
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_have_these_blocks(name: str) -> None:
+    assert all(size.blocks == PUBLISHED[name] for size in get(name).sizes)
+
+
+TEXTS = [  # (kind, class of transformers, its configuration)
+    ("clip_l", "CLIPText", {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}),
+    ("clip_g", "CLIPText", {"hidden_size": 1280, "intermediate_size": 5120}),
+    ("t5xxl", "T5", {"d_model": 4096, "d_ff": 10240, "num_heads": 64}),
+    ("umt5xxl", "UMT5", {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "vocab_size": 256384}),
+    ("gemma2_2b", "Gemma2", {}),
+    ("qwen3_06b", "Qwen3", {"hidden_size": 1024, "intermediate_size": 3072}),
+    ("qwen3_4b", "Qwen3", {"hidden_size": 2560, "intermediate_size": 9728}),
+    ("qwen25_7b", "Qwen2", {"hidden_size": 3584, "intermediate_size": 18944}),
+    ("llama", "Llama", {"intermediate_size": 14336, "vocab_size": 128256}),
+    ("mistral3_24b", "Mistral", {"hidden_size": 5120, "intermediate_size": 32768}),
+]
+MORE = {
+    "clip_g": {"num_attention_heads": 20, "projection_dim": 1280},
+    "t5xxl": {"d_kv": 64, "feed_forward_proj": "gated-gelu"},
+    "umt5xxl": {"d_kv": 64, "feed_forward_proj": "gated-gelu"},
+    "qwen3_06b": {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+    "qwen3_4b": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "qwen25_7b": {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+    "llama": {"num_key_value_heads": 8},
+    "mistral3_24b": {"head_dim": 128, "vocab_size": 131072, "num_attention_heads": 32, "num_key_value_heads": 8},
+}
+
+
+@pytest.mark.parametrize(("kind", "family", "config"), TEXTS, ids=[kind for kind, _, _ in TEXTS])
+def test_the_text_encoders_are_those_of_transformers(kind: str, family: str, config: dict[str, object]) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    encoder = next(e for known in TRANSFORMERS for e in known.encoders if e.size.name == kind)
+    small = Size(kind, encoder.size.widths, {"#l": 2, "#p": 2 if kind == "umt5xxl" else 1}, encoder.size.features)
+    ours = {
+        name: line.shape(part, encoder.size.widths)
+        for hit in encoder.table.modules(small)
+        for line in (hit.line,)
+        for name, part in zip(hit.references, line.parts, strict=True)
+    }
+    ends = {"T5": "EncoderModel", "UMT5": "EncoderModel", "CLIPText": "Model"}
+    suffix = "ModelWithProjection" if kind == "clip_g" else ends.get(family, "Model")
+    depth = {"num_layers" if "T5" in family else "num_hidden_layers": 2}
+    made = getattr(transformers, f"{family}Config")(**config, **MORE.get(kind, {}), **depth)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}{suffix}")(made)
+    theirs = {n.removesuffix(".weight"): tuple(t.shape) for n, t in model.state_dict().items() if n.endswith("weight")}
+    theirs.pop("encoder.embed_tokens", None)  # tied
+    bare = [
+        {n.removeprefix("text_model.").removeprefix("model."): s for n, s in names.items()} for names in (ours, theirs)
+    ]
+    assert bare[0] == bare[1]
+
+
+# --- names ---------------------------------------------------------------------------------------------
+
+
+def stored_modules(
+    known: Transformer, world: str, size: Size | None = None
+) -> dict[str, tuple[Shape, tuple[Segment, ...]]]:
+    """Shapes and segments of the modules of an adapter for everything, in the names of a world."""
+    shapes, found = known.shapes(size), {}
+    for name, shape in shapes.items():
+        stored = known.stored(name, world, shape)
+        assert stored is not None, name
+        heights = stored.heights([shapes[segment.reference] for segment in stored.segments])
+        assert heights is not None
+        found[stored.name] = ((sum(heights), *shape[1:]), stored.segments)
+    return found
+
+
+@every
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_module_is_read_back_from_every_world(known: Transformer, world: str) -> None:
+    """Reference -> stored -> reference: each row comes back to where it was, once."""
+    seen: dict[str, int] = {}
+    small = few(known.sizes[0])
+    shapes = known.shapes(small)
+    for name, (shape, segments) in stored_modules(known, world, small).items():
+        assert world != "kohya" or "." not in name
+        edges, top = [], 0  # (first row, last row, reference, its first row) of each segment
+        for reference, part, of in segments:
+            rows = shapes[reference][0] // of
+            edges.append((top, top + rows, reference, part * rows))
+            top += rows
+        for reference, ranges in known.pieces(name, shape):
+            done = 0
+            for start, stop in ranges:
+                assert (start, stop, reference, done) in edges, name
+                done += stop - start
+            assert done == shapes[reference][0]
+            seen[reference] = seen.get(reference, 0) + 1
+    assert seen == dict.fromkeys(shapes, 1)
+
+
+@every
+def test_names_mean_one_thing(known: Transformer) -> None:
+    """Tables are checked one-to-one when they are read."""
+    assert known.table.read
+    assert all(encoder.table.read for encoder in known.encoders)
+
+
+@every
+def test_the_places_in_a_single_file_fill_it(known: Transformer) -> None:
+    """Every row of every tensor of a single file belongs to one reference parameter, and all of these are there."""
+    slots = known.checkpoint()
+    assert set(slots) == set(known.parameters())
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for slot in slots.values():
+        rows.setdefault(slot.tensor, []).extend((start / slot.of, stop / slot.of) for start, stop in slot.pieces)
+    for tensor, pieces in rows.items():
+        starts, stops = zip(*sorted(pieces), strict=True)
+        assert starts == pytest.approx([0.0, *stops[:-1]]) and stops[-1] == 1, tensor
+
+
+def alone(known: Transformer, world: str, size: Size | None = None) -> dict[str, Shape]:
+    """The modules of the transformer itself, bare, in the names of a world."""
+    found = stored_modules(known, world, size).items()
+    mains = {name: shape for name, (shape, segments) in found if segments[0].reference.startswith("transformer.")}
+    return {name.removeprefix("transformer.").removeprefix("diffusion_model."): s for name, s in mains.items()}
+
+
+@every
+def test_single_files_are_identified(known: Transformer) -> None:
+    """In every world's names, with or without a prefix, beside a VAE: one architecture, and the same places."""
+    other = {"first_stage_model.decoder.conv_in.weight": (4, 4, 3, 3), "vae.encoder.conv_in.weight": (4, 4, 3, 3)}
+    for world in ("native", "comfy", "diffusers"):
+        modules = alone(known, world)
+        for prefix in ("model.diffusion_model.", "diffusion_model.", "") if world == "native" else ("",):
+            file = {f"{prefix}{name}.{parameter(known, name)}": shape for name, shape in modules.items()} | other
+            assert identify_checkpoint(file) is known, (world, prefix)
+            places = {name.removesuffix(".weight"): slot for name, slot in known.checkpoint(file).items()}
+            assert set(places) == set(main_shapes(known)), (world, prefix)
+            assert all(slot.tensor in file for slot in places.values())
+
+
+def parameter(known: Transformer, name: str) -> str:
+    """What the stored parameter of a module is called."""
+    hit = known.table.find(spelled(name).body)
+    assert hit is not None
+    return hit.line.parameter
+
+
+@every
+def test_narrow_models_are_known_by_their_names(known: Transformer) -> None:
+    """Any width and any number of blocks: for test models, distilled and pruned ones."""
+    if known.name in ("chroma", "hunyuan-image-2.1"):
+        pytest.skip("its blocks are those of another family")
+    widths = {letter: 6 * 2**n for n, letter in enumerate(known.sizes[0].widths)}
+    narrow = few(Size("narrow", widths, known.sizes[0].blocks, known.sizes[0].features))
+    for world in WORLDS:
+        shapes = {
+            n: s for n, (s, _) in stored_modules(known, world, narrow).items() if not n.startswith(("text", "lora_te"))
+        }
+        assert identify(shapes) is known, world
+        assert identify_names(shapes) is known, world
+
+
+@every
+@pytest.mark.parametrize("world", WORLDS)
+def test_adapters_are_identified(known: Transformer, world: str) -> None:
+    """By everything, and by the attention alone."""
+    start = {"kohya": "lora_unet_", "comfy": "diffusion_model.", "diffusers": "transformer."}.get(world, "")
+    for size in known.sizes:
+        modules = {f"{start}{flat(n) if world == 'kohya' else n}": s for n, s in alone(known, world, size).items()}
+        modules = {n.replace("lora_unet_lora_unet_", "lora_unet_"): s for n, s in modules.items()}
+        assert identify(modules) is known, size.name
+        attention = {name: shape for name, shape in modules.items() if "attn" in name or "attention" in name}
+        if attention and known.name not in ("chroma", "flux2", "sana"):  # these share theirs with another family
+            assert identify(attention) is known, size.name
