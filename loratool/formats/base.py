@@ -132,6 +132,10 @@ class Format:
 
 # ---------------------------------------------------------------- what formats share
 
+IMAGE_FORMATS = (  # whose targets are behind the pipeline component
+    *("kohya", "lycoris", "diffusers", "diffusers-old", "attn-procs", "cloneofsimo"),
+    *("xlabs", "bfl", "onetrainer", "ai-toolkit", "comfyui"),
+)
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash")  # of kohya-ss/sd-scripts: made anew
 _STALE = ("modelspec.hash_sha256",)
 _LEGACY = (0x100000, 0x110000)  # the bytes of the file that the legacy hash looks at

@@ -24,12 +24,15 @@ from loratool.architectures import Architecture
 from loratool.formats import dialects, kohya
 from loratool.formats.base import Evidence, Format, kept
 from loratool.formats.dialects import TABLE, WRITTEN, is_slot
+from loratool.formats.lycoris import SEGMENTS
 from loratool.formats.modules import held_by
+from loratool.formats.slots import whole
 from loratool.keys import Layout
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, SegmentOFT
+from loratool.kinds.sparse import Sparse
 from loratool.tensors import Tensor, write_safetensors
-from loratool.update import Update
+from loratool.update import Dense, Sum, Update
 
 _PREFIX = re.compile(r"^(diffusion_model|text_encoders|model\.diffusion_model)\.")
 _CONTROL = 128  # channels of latents and of a control image
@@ -68,8 +71,8 @@ def write(adapter: Adapter, path: Path) -> None:
 def _said(adapter: Adapter) -> tuple[dict[str, Tensor], list[Loss], Architecture | None]:
     adapter, known = dialects.referenced(adapter)
     if known is None or "unet" in known.components:
-        return *dialects.say(adapter, kohya.holder(adapter, known), refuse=_refused), known
-    tensors, lost = dialects.say(adapter, held_by(known, "comfy"), layout=DOTTED, refuse=_refused)
+        return *dialects.say(adapter, kohya.holder(adapter, known), fit=_fit), known
+    tensors, lost = dialects.say(adapter, held_by(known, "comfy"), layout=DOTTED, fit=_fit)
     return {**tensors, **_padded(tensors)}, lost, known
 
 
@@ -81,15 +84,17 @@ def _padded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"diffusion_model.img_in.reshape_weight": told} if shape[1:] == [_CONTROL] else {}
 
 
-def _refused(update: Update) -> str | None:
-    """Why ComfyUI cannot be given an update that the slots have."""
+def _fit(update: Update) -> Update | str:
+    """An update as ComfyUI takes it, or why it does not, though the slots have it."""
+    if isinstance(update, Sum) and any(isinstance(part, Sparse) for part in update.parts):
+        return Dense(whole(update))  # single entries are not read
     if isinstance(update, IA3):
         return "an (IA)3, which ComfyUI does not have"
     if isinstance(update, SegmentOFT):
-        return "an OFT of the segments of a fused projection, which only sd-scripts has"
+        return SEGMENTS
     if isinstance(update, OFT | BOFT) and update.alpha:
         return "a constrained OFT: ComfyUI takes its alpha for another number"
-    return "an OFT with rescale, which ComfyUI drops" if isinstance(update, OFT | BOFT) and update.rescale else None
+    return "an OFT with rescale, which ComfyUI drops" if isinstance(update, OFT | BOFT) and update.rescale else update
 
 
 FORMAT = Format(

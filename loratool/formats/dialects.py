@@ -34,6 +34,7 @@ from loratool.update import DoRA, LowRank, Update, trimmed
 
 _ONE_SPELLING = (
     *("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "weight", "on_input", "rescale", "oft_diag"),
+    *("bias_indices", "bias_values", "bias_size"),
     *("glora_a1", "glora_a2", "glora_b1", "glora_b2"),
 )
 READ = Layout(
@@ -86,6 +87,9 @@ READ = Layout(
         ("boft_R", ".boft_R"),
         ("boft_s", ".boft_s"),
         ("ia3_l", ".ia3_l"),
+        ("bias_indices", ".bias_indices"),
+        ("bias_values", ".bias_values"),
+        ("bias_size", ".bias_size"),
         ("set_weight", ".set_weight"),
         ("reshape_weight", ".reshape_weight"),
     ),
@@ -543,20 +547,24 @@ def shapes_of(adapter: Adapter) -> dict[str, Shape]:
     return {located(name) or name: update.shape for name, update in adapter.modules().items()}
 
 
+Fit = Callable[[Update], Update | str]
+"""An update as readers of a format take it, the same exactly, or why they cannot."""
+
+
 def say(
     adapter: Adapter,
     holder: Holder,
     spelled: Callable[[Module], str] = lambda module: module.name,
     layout: Layout = WRITTEN,
-    refuse: Callable[[Update], str | None] = lambda update: None,
+    fit: Fit = lambda update: update,
 ) -> tuple[dict[str, Tensor], list[Loss]]:
-    """The tensors of a file in LyCORIS' slots, and what they cannot say; ``refuse`` says what readers cannot take."""
+    """The tensors of a file in LyCORIS' slots, and what they cannot say; ``fit`` knows what readers cannot take."""
     tensors = {name: tensor for name, tensor in adapter.carried.items() if name.startswith(EMBEDDINGS)}
     lost = [Loss(adapter.spelling(name), "a whole tensor; only adapters are loaded") for name in adapter.carried]
     lost = [loss for loss, name in zip(lost, adapter.carried, strict=True) if name not in tensors]
     modules, unnamed = gathered(adapter, located, holder)
     for module in modules:
-        said = _said(module, layout, refuse)
+        said = _said(module, layout, fit)
         found = {} if isinstance(said, str) else {layout.key(spelled(module), slot): t for slot, t in said.items()}
         if found.keys() & tensors.keys():
             said = "another module has this very name"
@@ -567,11 +575,12 @@ def say(
     return tensors, lost + unnamed
 
 
-def _said(module: Module, layout: Layout, refuse: Callable[[Update], str | None]) -> dict[str, Tensor] | str:
+def _said(module: Module, layout: Layout, fit: Fit) -> dict[str, Tensor] | str:
     """The tensors of a module by slot, or why it cannot be said."""
-    if isinstance(module.update, str):
-        return module.update
-    said = slots.said_of_bias(module.update, module.norm) if module.bias else slots.said(module.update)
+    update = module.update if isinstance(module.update, str) else fit(module.update)
+    if isinstance(update, str):
+        return update
+    said = slots.said_of_bias(update, module.norm) if module.bias else slots.said(update)
     if not isinstance(said, str) and (strange := said.keys() - layout.suffixes.keys()):
         said = f"an update whose {' and '.join(sorted(strange))} has no place here"
-    return refuse(module.update) or said
+    return said

@@ -20,6 +20,7 @@ from loratool.formats.base import Evidence, Format
 from loratool.formats.dialects import component_of, is_slot
 from loratool.kinds.rotation import SegmentOFT
 from loratool.tensors import Tensor, write_safetensors
+from loratool.update import Update
 
 _PREFIX = "lycoris_"
 _MAIN = re.compile(r"^(unet|transformer)$")
@@ -49,7 +50,7 @@ def write(adapter: Adapter, path: Path) -> None:
 
 def _said(adapter: Adapter) -> tuple[dict[str, Tensor], list[Loss], Architecture | None]:
     adapter, known = dialects.referenced(adapter)
-    tensors, lost = dialects.say(adapter, partial(_holder, adapter, known), refuse=_refused)
+    tensors, lost = dialects.say(adapter, partial(_holder, adapter, known), fit=_fit)
     return tensors, lost, known
 
 
@@ -62,14 +63,11 @@ def _holder(adapter: Adapter, known: Architecture | None, reference: str, shape:
     return Stored(_PREFIX + flat(body), (Segment(reference),))
 
 
-def _refused(update: object) -> str | None:
-    return (
-        "an OFT of the segments of a fused projection, which only sd-scripts has"
-        if isinstance(update, SegmentOFT)
-        else None
-    )
+def _fit(update: Update) -> Update | str:
+    return SEGMENTS if isinstance(update, SegmentOFT) else update
 
 
+SEGMENTS = "an OFT of the segments of a fused projection, which only sd-scripts has"
 FORMAT = Format(
     name="lycoris",
     title="LyCORIS wrapper file",

@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
+from loratool.architectures import architecture
 from loratool.architectures.llm import EMBEDDING_LEAVES
 from loratool.errors import FormatError
 from loratool.files import inside
 from loratool.formats import peft_tuners
-from loratool.formats.base import CONFIG, Evidence, Format
+from loratool.formats.base import CONFIG, IMAGE_FORMATS, Evidence, Format
 from loratool.formats.peft_config import (
     DOUBLES_OUT_PROJ,
     REWRITTEN,
@@ -585,7 +586,8 @@ def _carried_keys(adapter: Adapter, inside: Mapping[str, str]) -> dict[str, Tens
 def _component(adapter: Adapter) -> str:
     """The pipeline component to leave out of the names: PEFT wraps one model, whose own names have none."""
     heads = {name.split(".", 1)[0] for name in (*adapter.updates, *adapter.carried)}
-    return f"{heads.pop()}." if len(heads) == 1 and adapter.metadata.format in ("kohya", "diffusers") else ""
+    image = adapter.metadata.format in IMAGE_FORMATS or architecture(adapter.metadata.architecture or "")
+    return f"{heads.pop()}." if len(heads) == 1 and image else ""
 
 
 def _wrapped(adapter: Adapter) -> dict[str, Wrapped]:

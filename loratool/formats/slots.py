@@ -23,8 +23,9 @@ from loratool.kinds.hadamard import LoHa
 from loratool.kinds.kronecker import LoKr
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, SegmentOFT
+from loratool.kinds.sparse import Sparse
 from loratool.tensors import FLOATS, Tensor
-from loratool.update import Additive, Dense, DoRA, LowRank, Replace, Update, as_low_rank
+from loratool.update import Additive, Dense, DoRA, LowRank, Replace, Sum, Update, as_low_rank
 
 Parts = Mapping[str, Update]
 """The updates of one module: "" of its weight, ".bias" of its bias."""
@@ -32,7 +33,9 @@ Alpha = Callable[[dict[str, Tensor], int], tuple[float | None, bool]]
 """What takes alpha out of a module's slots, or finds it elsewhere, for a rank: (alpha, rank-stabilised)."""
 
 _NORM = {"w_norm": "diff", "b_norm": "diff_b"}
-_NO_FLOATS = ("alpha", "scale", "on_input", "scaled_oft", "reshape_weight")  # slots that may be of any dtype
+_SPARSE = ("bias_indices", "bias_values", "bias_size")
+_INTEGERS = ("on_input", "scaled_oft", "reshape_weight", "bias_indices", "bias_size")
+_NO_FLOATS = ("alpha", "scale", *_INTEGERS)  # slots that may be of any dtype
 
 
 # ---------------------------------------------------------------- reading
@@ -51,6 +54,7 @@ def build(name: str, slots: Mapping[str, Tensor], alpha: Alpha, arguments: Mappi
             raise FormatError(f"{slot} is stored as {tensor.dtype}")
     norm = "norm" if slots.keys() & _NORM.keys() else None
     found: dict[str, list[Update]] = {"": [], ".bias": []}
+    sparse = [rest.pop(slot) for slot in _SPARSE if slot in rest]
     for leaf, slot, kind in (("", "diff", norm or "full"), (".bias", "diff_b", norm or "bias")):
         if slot in rest:
             found[leaf].append(Dense(rest.pop(slot), 1.0, kind))
@@ -62,11 +66,21 @@ def build(name: str, slots: Mapping[str, Tensor], alpha: Alpha, arguments: Mappi
         found[""].append(_decomposed(reduce(raw.join, made), rest))
     if bias is not None:
         found[".bias"].append(Dense(bias, made[0].scaling if made else 1.0, "bias"))
+    if sparse:
+        found[""].append(_sparse(sparse, made))
     if padded is not None:
         _check_padded(padded, found[""])
     if rest:
         raise FormatError(f"{' and '.join(sorted(rest))} but no factors that belong to it")
     return {leaf: reduce(raw.join, updates) for leaf, updates in found.items() if updates}
+
+
+def _sparse(given: list[Tensor], made: list[Update]) -> Update:
+    """Single entries beside factors, with the scaling of these."""
+    if len(given) < len(_SPARSE):
+        raise FormatError(f"a part of {', '.join(_SPARSE)}, which belong together")
+    indices, values, size = given
+    return Sparse(indices, values, size, made[0].scaling if made else 1.0)
 
 
 def _check_padded(told: Tensor, updates: list[Update]) -> None:
@@ -288,6 +302,18 @@ def _say_dense(update: Dense) -> Slots | str:
     return {"w_norm" if update.kind == "norm" else "diff": whole(update)}
 
 
+def _say_sum(update: Sum) -> Slots | str:
+    """A LoRA and single entries of its scaling stand side by side; others are added up."""
+    sparse = [part for part in update.parts if isinstance(part, Sparse)]
+    rest: list[Update] = [part for part in update.parts if not isinstance(part, Sparse)]
+    low = as_low_rank(reduce(raw.join, rest)) if rest else None
+    if low is None or len(sparse) != 1 or sparse[0].scaling != low.scaling:
+        return _say_other(update)
+    said = _say_low_rank(low)
+    own = zip(_SPARSE, sparse[0].slots.values(), strict=True)
+    return said if isinstance(said, str) else {**said, **dict(own)}
+
+
 def _say_replace(update: Replace) -> Slots | str:
     return {"set_weight": update.value}
 
@@ -311,6 +337,7 @@ _SAYS: tuple[tuple[type[Update], Callable[[Any], Slots | str]], ...] = (
     (SegmentOFT, _say_segments),
     (Dense, _say_dense),
     (Replace, _say_replace),
+    (Sum, _say_sum),
 )
 
 
