@@ -95,7 +95,14 @@ class Update(ABC):
         return None
 
     def part(self, start: int, stop: int) -> Update | None:
-        """The update of output rows [start, stop) alone, of the same kind; None where the kind has no words for it."""
+        """The update of output rows [start, stop) alone, of the same kind; None where the kind has no words for it.
+
+        Raises FormatError where the rows cannot be told apart.
+        """
+        return None
+
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
+        """The update whose rows are ``parts`` (this one first), of their own kind; None where the kind has no words."""
         return None
 
     @property
@@ -626,7 +633,7 @@ def stack(parts: Sequence[Update | None], heights: Sequence[int]) -> Update | No
     """The update of weights stacked by rows, exactly; ``heights`` are the rows of each, None stands for no change.
 
     The whole again where the parts are its rows; LoRAs of one down factor keep their rank; of several, the factors
-    are stacked block-diagonally. None where no such update exists (a DoRA beside nothing, rotations).
+    are stacked block-diagonally. None where no such update exists (a DoRA beside nothing).
     """
     parts = tuple(parts)
     if len(parts) == 1:
@@ -636,6 +643,8 @@ def stack(parts: Sequence[Update | None], heights: Sequence[int]) -> Update | No
     if all(isinstance(part, DoRA) and part.axis == 0 for part in parts):
         return _stacked_dora([part for part in parts if isinstance(part, DoRA)], heights)
     known = [part for part in parts if part is not None]
+    if len(known) == len(parts) and (whole := known[0].stacked(known, heights)):
+        return whole
     if any(not isinstance(part, Additive) for part in known):
         return None
     lows = [None if part is None else as_low_rank(part) for part in parts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.kinds.sparse import Sparse
 from loratool.tensors import Tensor
-from loratool.update import Additive, DoRA, Update, rows
+from loratool.update import Additive, DoRA, Update, rows, stack
+from tests.samples import LYCORIS, loha, lokr, magnitude, normal, tucker_loha
 from tests.samples import WHOLE_LOKR as WHOLE
-from tests.samples import loha, lokr, magnitude, normal, tucker_loha
 
 
 def close(one: Any, other: Any, tolerance: float = 1e-5) -> None:
@@ -589,8 +590,12 @@ def test_parts_of_rotations_are_rotations() -> None:
     part: Update | None = update.part(4, 12)
     assert part is not None
     close(part.apply(w[4:]), update.apply(w)[4:])
-    assert update.part(2, 12) is None
-    assert OFT(normal(3, 4, 4), alpha=0.1).part(4, 12) is None
+    for mixing in (update, BOFT(normal(1, 3, 4, 4))):
+        with pytest.raises(FormatError, match="cannot be split"):
+            rows(mixing, 2, 12)
+    limited = OFT(normal(3, 4, 4), alpha=0.1)
+    assert limited.part(4, 12) is None
+    close(rows(limited, 4, 12).apply(w[4:]), limited.apply(w)[4:])
     inputs = PeftBOFT(normal(1, 1, 5, 5), normal(12, 1))
     close(inputs.part(3, 7).apply(w[3:7]), inputs.apply(w)[3:7])  # type: ignore[union-attr]
 
@@ -700,3 +705,57 @@ def test_indices_that_are_none_are_refused(changes: dict[str, Tensor], says: str
     sound = Sparse(Tensor.of(np.array([[1], [2]])), Tensor.of(np.float32([1])), Tensor.of(np.array([2, 3])))
     with pytest.raises(FormatError, match=says):
         replace(sound, **changes)
+
+
+# -- fused projections ---------------------------------------------------------------------------------------
+
+SPLITS = {  # where rows that belong together stay so
+    "oft_of_segments": (0, 6, 14),
+    "oft_transposed": (0, 3, 5),
+    "oft": (0, 4, 12),
+    "lokr": (0, 4, 12),
+    "peft_oft_transposed": (0, 4, 8),
+}
+
+
+@pytest.mark.parametrize("name", LYCORIS)
+def test_rows_of_a_fused_projection_are_put_together_again(name: str) -> None:
+    """Section 10: what is split when it is read is written as it was, at the same rank."""
+    update = LYCORIS[name]
+    edges = next((e for start, e in SPLITS.items() if name.startswith(start)), (0, 3, update.shape[0]))
+    spans = list(pairwise(edges)) if name != "boft" else [(0, 12)]
+    if name == "dora_of_lokr_by_input":
+        with pytest.raises(FormatError, match="cannot be split"):
+            rows(update, *spans[0])
+        return
+    w = base(*update.shape)
+    parts = [rows(update, *span) for span in spans]
+    for part, (start, stop) in zip(parts, spans, strict=True):
+        assert part.shape == (stop - start, *update.shape[1:])
+        close(part.apply(w[start:stop]), update.apply(w)[start:stop])
+    whole = stack(parts, [stop - start for start, stop in spans])
+    assert type(whole) is type(update)
+    assert (whole.rank, whole.shape) == (update.rank, update.shape)
+    close(whole.apply(w), update.apply(w))
+
+
+def test_segments_of_several_constraints_are_no_one_oft() -> None:
+    one, other = OFT(normal(2, 3, 3), alpha=0.1), OFT(normal(2, 4, 4), alpha=0.1)
+    both = stack([one, other], [6, 8])
+    assert isinstance(both, SegmentOFT)
+    w = base(14, 5)
+    close(both.apply(w), np.concatenate([one.apply(w[:6]), other.apply(w[6:])]))
+    free = stack([replace(one, alpha=None), OFT(normal(1, 3, 3))], [6, 3])
+    assert isinstance(free, OFT)
+    assert stack([one, replace(other, alpha=0.2)], [6, 8]) is None
+    assert stack([one, OFT(normal(2, 4, 4), normal(8), alpha=0.1)], [6, 8]) is None
+    assert stack([one, IA3(normal(8))], [6, 8]) is None
+    assert stack([one, None], [6, 8]) is None
+
+
+def test_lohas_that_were_never_one_are_stacked_as_loras() -> None:
+    """Block-diagonally, exactly."""
+    parts = [loha(12, 30), loha(6, 30, seed=9)]
+    whole = stack(parts, [12, 6])
+    assert isinstance(whole, Additive)
+    close(whole.delta(), np.concatenate([part.delta() for part in parts]))

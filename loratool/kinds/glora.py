@@ -6,10 +6,11 @@ Source: Chavan et al. 2023, as LyCORIS stores it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loratool.errors import FormatError
+from loratool.kinds.joined import joined
 from loratool.tensors import Array, Tensor
 from loratool.update import Load, Prepared, Update, alike, namespace, trimmed
 
@@ -74,7 +75,7 @@ class GLoRA(Update):
         return {"a1": self.a1, "a2": self.a2, "b1": self.b1, "b2": self.b2}
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
-        first, second, up, down = alike([load(factor).reshape(len_two(factor)) for factor in self._ordered])
+        first, second, up, down = alike([load(factor).reshape(_as_matrix(factor)) for factor in self._ordered])
         by = self.scaling * strength
         second, up = second * by, up * by
 
@@ -92,8 +93,11 @@ class GLoRA(Update):
             return replace(self, b1=self.b1.slice(start, stop))
         return replace(self, b2=self.b2.slice(start, stop))
 
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> GLoRA | None:
+        return joined(self, parts, heights, ("b1",) if self._is_new else ("b2",))
 
-def len_two(factor: Tensor) -> tuple[int, int]:
+
+def _as_matrix(factor: Tensor) -> tuple[int, int]:
     """The shape of a factor as a matrix."""
     return factor.shape[0], math.prod(factor.shape[1:])
 

@@ -6,15 +6,16 @@ Source: LyCORIS (Yeh et al. 2024), FedPara (Hyeon-Woo et al. 2022); PEFT stores 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from loratool.errors import FormatError
 from loratool.kinds.halves import Half, Unfolding, made, wide
+from loratool.kinds.joined import joined
 from loratool.tensors import Array, Tensor
-from loratool.update import Load, LowRank, Prepared, alike
+from loratool.update import Load, LowRank, Prepared, Update, alike
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class LoHa(Unfolding):
 
         weight = self.weight and (stop - start, *self.weight[1:])
         return replace(self, w1_a=cut(self.w1_a), w2_a=cut(self.w2_a), weight=weight)
+
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> LoHa | None:
+        outer = ("w1_a", "w2_a")
+        return joined(self, parts, heights, *((outer,) if self.t1 is None else ((), outer)))
 
     def low_rank(self) -> LowRank | None:
         """Of rank r x r: up[o,(p,q)] = a1[o,p] a2[o,q], down[(p,q),i] = b1[p,i] b2[q,i]; None where that is no gain."""

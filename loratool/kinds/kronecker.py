@@ -6,15 +6,16 @@ Source: LyCORIS (Yeh et al. 2024), KronA (Edalati et al. 2022); PEFT stores the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from loratool.errors import FormatError
 from loratool.kinds.halves import Half, Unfolding, by_index, made, wide
+from loratool.kinds.joined import joined
 from loratool.tensors import Array, Tensor
-from loratool.update import Load, LowRank, Prepared, alike, namespace
+from loratool.update import Load, LowRank, Prepared, Update, alike, namespace
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ class LoKr(Unfolding):
         name = "w1_a" if self.w1 is None else "w1"
         cut = {name: getattr(self, name).slice(start // height, stop // height)}
         return replace(self, **cut, weight=self.weight and (stop - start, *self.weight[1:]))
+
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> LoKr | None:
+        return joined(self, parts, heights, ("w1", "w1_a"))
 
     def low_rank(self) -> LowRank | None:
         """kron(A1 B1, A2 B2) = kron(A1, A2) kron(B1, B2), of the product of the ranks; None where that is no gain."""

@@ -5,11 +5,12 @@ Source: Liu et al. 2022; LyCORIS stores it around 0, PEFT around 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from loratool.errors import FormatError
+from loratool.kinds.joined import joined
 from loratool.tensors import Array, Tensor
 from loratool.update import Layer, Load, Prepared, Update
 
@@ -82,3 +83,7 @@ class IA3(Update):
         if self._axis:
             return replace(self, weight=weight)
         return replace(self, vector=self.vector.reshape(self.vector.size).slice(start, stop), weight=weight)
+
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> IA3 | None:
+        flat = [replace(p, vector=p.vector.reshape(p.vector.size)) if isinstance(p, IA3) else p for p in parts]
+        return joined(self, flat, heights, () if self._axis else ("vector",))

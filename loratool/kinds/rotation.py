@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from loratool.errors import FormatError
 from loratool.kinds.halves import wide
+from loratool.kinds.joined import joined
 from loratool.tensors import Array, Tensor
 from loratool.update import Layer, Load, Prepared, Update, alike, namespace
 
@@ -98,6 +99,18 @@ class Rotation(Update):
     def oriented(self, layer: Layer) -> Update:
         """The same update for a base that stores its weight as ``layer``."""
         return replace(self, layer=layer, weight=None)  # type: ignore[type-var]
+
+    def part(self, start: int, stop: int) -> Update | None:
+        """Every row of a plain weight is turned alike where its inputs are; of outputs, rows of whole spans are."""
+        if self.by_rows:
+            if start % self.span or stop % self.span:
+                raise FormatError(f"an {self.kind} mixes {self.span} rows of a fused weight: it cannot be split there")
+            return None
+        changes: dict[str, object] = {"weight": self.weight and (stop - start, *self.weight[1:])}
+        if self.gain is not None and self.layer != "transposed":
+            slot = next(slot for slot, tensor in self.slots.items() if tensor is self.gain)
+            changes[slot] = self.gain.reshape(self.gain.size).slice(start, stop)
+        return replace(self, **changes)  # type: ignore[type-var]
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         name = wide(*self.slots.values())
@@ -216,10 +229,14 @@ class OFT(Rotation):
             blocks = cayley(constrained(skew(blocks), (self.alpha or 0.0) * self.size))
         return [Stage(np.swapaxes(blocks, -1, -2))]
 
+    @property
+    def _limited(self) -> bool:
+        """Whether one constraint spans all blocks."""
+        return bool(self.alpha) and not self.direct
+
     def part(self, start: int, stop: int) -> Update | None:
-        """Rows of whole blocks; none where the constraint is one on all blocks together."""
-        limited = bool(self.alpha) and not self.direct
-        if start % self.span or stop % self.span or limited or not self.by_rows:
+        super().part(start, stop)
+        if self._limited or self.layer != "plain":
             return None
         return replace(
             self,
@@ -227,6 +244,10 @@ class OFT(Rotation):
             rescale=self.rescale and self.rescale.slice(start, stop),
             weight=self.weight and (stop - start, *self.weight[1:]),
         )
+
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
+        whole = None if self._limited else joined(self, parts, heights, ("oft_blocks", "rescale"))
+        return whole or segmented(parts, heights)
 
 
 @dataclass(frozen=True)
@@ -308,7 +329,28 @@ class SegmentOFT(Rotation):
         if start not in edges or stop not in edges:
             return None
         blocks = self.oft_blocks[edges.index(start) : edges.index(stop)]
-        return OFT(blocks[0], alpha=self.alpha) if len(blocks) == 1 else SegmentOFT(blocks, self.alpha)
+        weight = self.weight and (stop - start, *self.weight[1:])
+        if len(blocks) > 1:
+            return SegmentOFT(blocks, self.alpha, weight=weight)
+        return OFT(blocks[0], alpha=self.alpha, weight=weight)
+
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
+        return segmented(parts, heights)
+
+
+def segmented(parts: Sequence[Update], heights: Sequence[int]) -> SegmentOFT | None:
+    """The OFT whose segments are ``parts``; None where they are more than that, or have several constraints."""
+    found: list[Tensor] = []
+    for part, height in zip(parts, heights, strict=True):
+        plain = isinstance(part, SegmentOFT) or (isinstance(part, OFT) and part.rescale is None and not part.direct)
+        if not isinstance(part, OFT | SegmentOFT) or not plain or part.layer != "plain" or part.size != height:
+            return None
+        found += [part.oft_blocks] if isinstance(part, OFT) else part.oft_blocks
+    alphas = {part.alpha for part in parts if isinstance(part, OFT | SegmentOFT)}
+    weights = {part.weight and part.weight[1:] for part in parts if isinstance(part, OFT | SegmentOFT)}
+    rest = weights.pop() if len(weights) == 1 else None
+    weight = None if rest is None else (sum(heights), *rest)
+    return SegmentOFT(tuple(found), alphas.pop(), weight=weight) if len(alphas) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -417,9 +459,8 @@ class PeftOFT(Rotation):
         k = shortened(skew(upper), self.eps)
         return [Stage(_neumann(k, self.neumann_terms) if self.neumann_terms else cayley(-k))]
 
-    def part(self, start: int, stop: int) -> Update | None:
-        """Every row of a plain weight is turned alike."""
-        return None if self.by_rows else replace(self, weight=self.weight and (stop - start, *self.weight[1:]))
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
+        return None if self.by_rows else joined(self, parts, heights, ())
 
 
 def _neumann(k: np.ndarray, terms: int) -> np.ndarray:
@@ -498,6 +539,9 @@ class PeftOldOFT(Rotation):
         turn = cayley(-skew(shortened(values(self.oft_r), limit)) / 2)
         return [Stage(turn if self.on_input else np.swapaxes(turn, -1, -2))]
 
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
+        return None if self.by_rows else joined(self, parts, heights, ("oft_s",))
+
 
 @dataclass(frozen=True)
 class PeftBOFT(Rotation):
@@ -546,9 +590,5 @@ class PeftBOFT(Rotation):
         orders = (rows.reshape(-1, 1 << i, 2, half).swapaxes(1, 2).reshape(-1) for i in range(len(turns)))
         return [Stage(turn, np.argsort(order)) for turn, order in zip(turns, orders, strict=True)]
 
-    def part(self, start: int, stop: int) -> Update | None:
-        """Every row of a plain weight is turned alike, and has a factor of its own."""
-        if self.by_rows:
-            return None
-        gain = self.boft_s.reshape(self.boft_s.size).slice(start, stop)
-        return replace(self, boft_s=gain, weight=self.weight and (stop - start, *self.weight[1:]))
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
+        return None if self.by_rows else joined(self, parts, heights, ("boft_s",))
