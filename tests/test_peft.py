@@ -297,7 +297,6 @@ def test_a_file_without_configuration_does_not_tell_its_scaling(tmp_path: Path) 
         ("alora_invocation_tokens", [1, 2], "activated LoRA"),
         ("arrow_config", {"top_k": 2}, "Arrow"),
         ("enable_lora", [True, False, True], "merged projections"),
-        ("layer_replication", [[0, 1], [0, 1]], "layer replication"),
         ("use_bdlora", {"target_modules_bd_a": ["x"]}, "use_bdlora means neither"),
         ("kasa_config", {"beta": 1}, "lora_diag is missing"),
         *(

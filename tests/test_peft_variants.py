@@ -12,7 +12,7 @@ import pytest
 
 import loratool
 from loratool.adapter import Adapter, Metadata
-from loratool.errors import FormatError, LossError, MatchError
+from loratool.errors import FormatError, LoratoolError, LossError, MatchError
 from loratool.kinds.experts import Experts
 from loratool.kinds.tokens import Tokens
 from loratool.model import read_model
@@ -672,3 +672,76 @@ def test_bare_parameters_of_wrapped_modules_keep_their_place(tmp_path: Path) -> 
     assert {"m.experts.base_layer.lora_A.weight", "m.experts.lora_A.weight", "head.weight"} < keys
     again = loratool.read(tmp_path / "x")
     assert again.carried.keys() == carried.keys() and again.updates.keys() >= adapter.updates.keys()
+
+
+# -- layers stacked anew -------------------------------------------------------------------------------------
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("shards", [None, "12KB"])
+def test_replicated_layers_equal_peft(shards: str | None, tmp_path: Path) -> None:
+    """llm.md 1.10: the adapter counts the new layers; PEFT runs it and refuses to merge it."""
+    import torch
+
+    whole = saved(make_small("llama", 3), tmp_path / "whole")
+    base = models.save_model(models.load_model(whole), tmp_path / "base", {"max_shard_size": shards} if shards else {})
+    told = {"layer_replication": [[0, 2], [1, 3]], "target_modules": ["q_proj", "down_proj"]}
+    lora = trained(models.load_model(base), lora_config(**told), tmp_path / "lora")
+    truth = models.logits(base, lora)
+    loratool.merge(base, lora, out=tmp_path / "out")
+    found = models.load_model(tmp_path / "out")
+    assert found.config.num_hidden_layers == 4
+    assert torch.allclose(models.logits(found), truth, atol=1e-5 * float(truth.abs().max()))
+    assert loratool.verify(base, lora, merged=tmp_path / "out").ok
+    if shards:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        held = read_model(tmp_path / "out").parameters
+        assert index["weight_map"].keys() == held.keys()
+        assert index["metadata"]["total_size"] == sum(at[0].tensor.nbytes for at in held.values())
+    with pytest.raises(LoratoolError, match="cannot be undone"):
+        loratool.merge(base, lora, out=tmp_path / "twice", undo=tmp_path / "undo")
+    loratool.write(loratool.read(lora), tmp_path / "again", format="peft")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["layer_replication"] == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ([[0, 3]], "counts 3 layers, model.layers has 2"),
+        ([[0, 1], [1]], "no list of ranges"),
+        ([[1, 1]], "no list of ranges"),
+        ([[0, 1.5]], "no list of ranges"),
+        ("0-1", "no list of ranges"),
+        ([[0, 1 << 40]], "more than 4096"),
+    ],
+)
+def test_a_replication_that_cannot_be_is_refused(told: Any, message: str, tmp_path: Path) -> None:
+    weights = {f"model.layers.{n}.q.weight": normal(7, 5, seed=n) for n in range(2)}
+    base = model(tmp_path / "base", weights, {"num_hidden_layers": 2})
+    lora = peft_folder(tmp_path / "x", peft_pair("model.layers.0.q"), CONFIG | {"layer_replication": told})
+    with pytest.raises(LoratoolError, match=message):
+        loratool.merge(base, lora, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_different_stacks_do_not_go_together(tmp_path: Path) -> None:
+    base = model(tmp_path / "base", {f"model.layers.{n}.q.weight": normal(7, 5, seed=n) for n in range(2)})
+    config = CONFIG | {"layer_replication": [[0, 2], [0, 2]]}
+    stacked = peft_folder(tmp_path / "x", peft_pair("model.layers.3.q"), config)
+    plain = peft_folder(tmp_path / "y", peft_pair("model.layers.0.q"), CONFIG)
+    with pytest.raises(MatchError, match="different stacks"):
+        loratool.merge(base, [stacked, plain], out=tmp_path / "out")
+    loratool.merge(base, stacked, out=tmp_path / "out")
+    merged = {name: at[0].tensor.array() for name, at in read_model(tmp_path / "out").parameters.items()}
+    assert list(merged) == [f"model.layers.{n}.q.weight" for n in (0, 2, 1, 3)]
+    np.testing.assert_array_equal(merged["model.layers.1.q.weight"], normal(7, 5, seed=1).array())
+    close(merged["model.layers.3.q.weight"], normal(7, 5, seed=1).array() + low().delta())
+
+
+def test_other_formats_cannot_say_a_replication(tmp_path: Path) -> None:
+    config = CONFIG | {"layer_replication": [[0, 2], [0, 2]]}
+    lora = loratool.read(peft_folder(tmp_path / "x", peft_pair("model.layers.3.q"), config))
+    loratool.write(lora, tmp_path / "raw.safetensors", format="raw")
+    assert loratool.read(tmp_path / "raw.safetensors").metadata.config["layer_replication"]
+    with pytest.raises(LossError, match="layer_replication"):
+        loratool.write(lora, tmp_path / "mlx", format="mlx")

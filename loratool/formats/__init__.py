@@ -119,7 +119,7 @@ def read_adapter(evidence: Evidence, format: str | None = None) -> Adapter:
 
 def check_losses(adapter: Adapter, format: Format, allow_loss: bool = False) -> list[Loss]:
     """What ``format`` cannot say of ``adapter``. Raises LossError unless ``allow_loss``."""
-    losses = format.losses(adapter)
+    losses = [*format.losses(adapter), *_beyond(adapter, format)]
     if losses and not allow_loss:
         raise LossError(
             f"{format.name} cannot say {len(losses)} of {len(adapter.updates) + len(adapter.carried)} parts",
@@ -128,3 +128,10 @@ def check_losses(adapter: Adapter, format: Format, allow_loss: bool = False) -> 
             [str(loss) for loss in losses],
         )
     return losses
+
+
+def _beyond(adapter: Adapter, format: Format) -> list[Loss]:
+    """What only a configuration says: PEFT's layers stacked anew, by whose numbers the modules are named."""
+    if format.name in ("peft", "raw") or not adapter.metadata.config.get("layer_replication"):
+        return []
+    return [Loss("layer_replication", "a stack of layers that is not the base's")]

@@ -36,7 +36,7 @@ FIELDS: Mapping[str, Meaning] = {
     "inference_mode": "training",
     "init_lora_weights": "read",
     "kasa_config": "read",
-    "layer_replication": "refused",
+    "layer_replication": "read",
     "layers_pattern": "names",
     "layers_to_transform": "names",
     "loftq_config": "training",
@@ -70,7 +70,6 @@ _WHY = {
     "alora_invocation_tokens": "activated LoRA depends on the tokens: it is no fixed change of weights",
     "arrow_config": "Arrow routes by token: it is no fixed change of weights",
     "enable_lora": "merged projections of PEFT 0.2 are not read",
-    "layer_replication": "layer replication is not supported yet",
 }
 
 MUTATING_INIT = ("pissa", "olora", "corda", "lora_ga", "loftq")

@@ -26,6 +26,7 @@ from loratool.names import Names, Unmatched
 from loratool.ops.add import _carried as summed_carried
 from loratool.ops.add import add
 from loratool.ops.compare import Factored, Placed, blocks, placed
+from loratool.ops.replicate import shared_layers
 from loratool.ops.resize import same_shape
 from loratool.ops.spectral import Piece, Result, factor_error, fresh_metadata, summarise, wide_factors
 from loratool.tensors import FLOATS, Tensor
@@ -97,6 +98,7 @@ def combine(
         raise UsageError(f"{len(given)} strengths for {len(adapters)} adapters", hint="one for each, or none")
     if not all(map(math.isfinite, given)):
         raise UsageError("a strength is not finite")
+    shared_layers(adapters)
     notes = () if recipe.sparse or recipe.density is None else (f"{recipe.method} keeps every entry: no density",)
     if recipe.method == "linear":
         return replace(add(adapters, given, recipe.rank, model), warnings=notes)

@@ -18,6 +18,7 @@ from loratool.files import check_space, prepare_output, staged
 from loratool.hashes import sha256
 from loratool.model import Model, WeightFile, stale_copies
 from loratool.ops.changes import Changes, account
+from loratool.ops.replicate import replicated
 from loratool.ops.undo import check_undo, recording
 from loratool.plan import Outcome, OutputFile, Plan, Run, Step, Writer, thread_count
 from loratool.tensors import FLOATS, Tensor, header_bytes
@@ -87,6 +88,7 @@ def prepare_merge(
     what is left and the nearest module, unless ``allow_unmatched``; and what `account` raises.
     """
     given = tuple(strengths) if strengths else (1.0,) * len(adapters)
+    model, replicated_documents = replicated(model, adapters)
     changes = account(model, adapters, given)
     if changes.unmatched and not allow_unmatched:
         raise MatchError(
@@ -99,7 +101,7 @@ def prepare_merge(
     outputs = tuple(_output(model, weights, changes, dtype) for weights in model.weights)
     plan = Plan(
         outputs=outputs,
-        documents=_documents(model, outputs, changes, dtype),
+        documents={**replicated_documents, **_documents(model, outputs, changes, dtype)},
         copies=_copies(model, adapters),
         inputs=_inputs(model, adapters),
         warnings=(*changes.warnings, *_warnings(model, adapters)),

@@ -313,6 +313,8 @@ def check_undo(merge: Merge, undo: str | Path, out: str | Path, overwrite: bool)
     if merge.model.pickled:
         hint = "keep the base, or merge into one of safetensors"
         raise LoratoolError("a base of pickles cannot be restored bit for bit", merge.model.path, hint)
+    if any(adapter.metadata.config.get("layer_replication") for adapter in merge.adapters):
+        raise LoratoolError("a merge that replicates layers cannot be undone", merge.model.path, "keep the base")
     path = prepare_output(undo, overwrite, {"the base": merge.model.path})
     target = Path(out).resolve()
     if path.resolve() == target or target in path.resolve().parents:
