@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import loratool
 from loratool.errors import FormatError
 from loratool.kinds.glora import GLoRA
 from loratool.kinds.hadamard import LoHa
@@ -17,8 +19,9 @@ from loratool.kinds.kronecker import LoKr
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.kinds.sparse import Sparse
-from loratool.tensors import Tensor
+from loratool.tensors import Tensor, read_safetensors
 from loratool.update import Additive, DoRA, Update, rows, stack
+from tests import samples
 from tests.samples import LYCORIS, loha, lokr, magnitude, normal, tucker_loha
 from tests.samples import WHOLE_LOKR as WHOLE
 
@@ -759,3 +762,23 @@ def test_lohas_that_were_never_one_are_stacked_as_loras() -> None:
     whole = stack(parts, [12, 6])
     assert isinstance(whole, Additive)
     close(whole.delta(), np.concatenate([part.delta() for part in parts]))
+
+
+# -- merges --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu-numpy", "cpu-torch"])
+def test_a_merge_by_small_blocks(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind at once, half of what it does, in blocks that cross those of the rotations."""
+    monkeypatch.setattr("loratool.tensors.BLOCK", 25)
+    monkeypatch.setattr("loratool.kinds.halves.BLOCK", 25)
+    leaf = {name: f"h.{n}.{'mlp.c_fc' if 'transposed' in name else 'proj'}" for n, name in enumerate(LYCORIS)}
+    weights = {name: normal(*update.shape, seed=60) for name, update in LYCORIS.items()}
+    stored = {f"{leaf[name]}.weight": weight for name, weight in weights.items()}
+    folder = samples.model(tmp_path / "base", stored, {"model_type": "gpt2"})
+    lora = samples.lora_file(tmp_path / "x", {leaf[name]: update for name, update in LYCORIS.items()})
+    loratool.merge(folder, lora, strengths=[0.5], out=tmp_path / "out", device=device)
+    found = read_safetensors(tmp_path / "out" / "model.safetensors").tensors
+    for name, update in LYCORIS.items():
+        close(found[f"{leaf[name]}.weight"].array(), update.apply(wide(weights[name]), 0.5))
+    assert loratool.verify(folder, lora, merged=tmp_path / "out", strengths=[0.5]).ok
