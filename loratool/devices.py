@@ -48,6 +48,14 @@ class Worker:
         """A factor as a float32 (or wider) array on the device."""
         return tensor.float()
 
+    def place(self, values: np.ndarray) -> Array:
+        """An array in ordinary memory, on the device."""
+        return values
+
+    def home(self, values: Array) -> np.ndarray:
+        """An array of the device, in ordinary memory."""
+        return np.asarray(values)
+
     def finish(self) -> None:
         """Wait until everything that was begun is done: other workers may use it."""
 
@@ -137,6 +145,12 @@ class TorchWorker(Worker):
 
     def load(self, tensor: Tensor) -> Array:
         return self.torch.from_numpy(np.array(tensor.float())).to(self.device)
+
+    def place(self, values: np.ndarray) -> Array:
+        return self.torch.from_numpy(values).to(self.device)
+
+    def home(self, values: Array) -> np.ndarray:
+        return np.asarray(values.cpu().numpy())
 
     def finish(self) -> None:
         if self.stream is not None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from loratool.devices import Device, Worker, one_blas_thread
 from loratool.errors import LoratoolError, NumericError
+from loratool.scaled import Scaled
 from loratool.tensors import (
     DTYPES,
     Tensor,
@@ -48,13 +49,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """One output tensor: ``base`` as it is, or with ``parts`` added, stored as ``dtype``."""
+    """One output tensor: ``base`` as it is, or with ``parts`` added, stored as ``dtype``; 8-bit ones with scales."""
 
     name: str
     key: str
     base: Tensor
     dtype: str
     parts: tuple[Part, ...] = ()
+    scaled: Scaled | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -279,7 +281,7 @@ class Run:
         stored = read_block(worker, step.base, first, last)
         if not step.computes:
             return stored
-        base = worker.widen(stored)
+        base = worker.widen(stored) if step.scaled is None else worker.place(step.scaled.widened(stored, first))
         if not step.parts:
             return checked(worker, base, worker.narrow(base, step.dtype), step)
 
@@ -287,10 +289,15 @@ class Run:
             """The base rows that an update reaches for, beyond those it changes."""
             assert update.reach is not None
             low, high = update.reach(start - part.start, stop - part.start)
-            reached = worker.load(step.base.slice(part.start + low, part.start + high))  # not into kept memory
-            return reached.reshape(high - low, -1)
+            rows = step.base.slice(part.start + low, part.start + high)
+            if step.scaled is not None:
+                stored = rows.load(0, high - low).reshape(high - low, -1)
+                return worker.place(step.scaled.widened(stored, part.start + low))
+            return worker.load(rows).reshape(high - low, -1)  # not into kept memory
 
         value, nonzero = _changed(worker, step.parts, prepared, first, last, base, wide)
+        if step.scaled is not None:
+            value = worker.place(step.scaled.divided(worker.home(value), first))
         out = checked(worker, value, worker.narrow(value, step.dtype), step)
         if out.dtype == stored.dtype:
             same = worker.count_equal(out, stored)
@@ -353,7 +360,7 @@ class _Shared:
                 ready = [part.update.prepare(worker.load, part.strength) for part in self.step.parts]
                 for part, prepared in zip(self.step.parts, ready, strict=True):
                     if prepared.scan is not None:
-                        prepared.scan(_walk(worker, self.step.base, part))
+                        prepared.scan(_walk(worker, self.step, part))
                 self._ready = [_with_density(worker, prepared) for prepared in ready]
                 worker.finish()
             return self._ready
@@ -363,12 +370,14 @@ class _Shared:
         return self.left <= 0
 
 
-def _walk(worker: Worker, base: Tensor, part: Part) -> Iterator[tuple[int, int, Any]]:
+def _walk(worker: Worker, step: Step, part: Part) -> Iterator[tuple[int, int, Any]]:
     """The row blocks of the base that one part changes, widened."""
-    rows = block_rows(base.shape)
+    rows = block_rows(step.base.shape)
     for first in range(part.start, part.stop, rows):
         last = min(first + rows, part.stop)
-        yield first - part.start, last - part.start, worker.widen(read_block(worker, base, first, last))
+        stored = read_block(worker, step.base, first, last)
+        wide = worker.widen(stored) if step.scaled is None else worker.place(step.scaled.widened(stored, first))
+        yield first - part.start, last - part.start, wide
 
 
 def read_block(worker: Worker, tensor: Tensor, first: int, last: int) -> np.ndarray:

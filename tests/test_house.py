@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("update", "pickles", "gguf", "npz", "architectures/*"),
     ("kinds/*",),
     ("adapter", "keys", "linalg", "devices"),
+    ("scaled",),
     ("model", "plan"),
     ("layouts",),
     ("names",),

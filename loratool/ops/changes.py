@@ -15,6 +15,7 @@ from loratool.kinds.tokens import Tokens
 from loratool.model import Location, Model
 from loratool.names import Names, Unmatched, has_number, match, module_of
 from loratool.plan import Part
+from loratool.scaled import LARGEST
 from loratool.tensors import FLOATS, Tensor
 from loratool.update import LowRank, Replace, Update, rows, trimmed
 
@@ -58,6 +59,8 @@ def account(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float
     _put_tokens(changes, headed)
     for name in changes.touched:
         dtype = headed.parameters[name][0].tensor.dtype
+        if dtype in LARGEST and name in changes.parts:
+            continue  # 8-bit floating point: `loratool.scaled` knows it, or refuses
         if dtype not in FLOATS:
             raise FormatError(
                 f"a quantised weight ({dtype}) cannot be changed yet", name, "give the base in 16 or 32 bit"

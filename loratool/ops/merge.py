@@ -21,6 +21,7 @@ from loratool.ops.changes import Changes, account
 from loratool.ops.replicate import replicated
 from loratool.ops.undo import check_undo, recording
 from loratool.plan import Outcome, OutputFile, Plan, Run, Step, Writer, thread_count
+from loratool.scaled import LARGEST, Change, Scaled, scaled
 from loratool.tensors import FLOATS, Tensor, header_bytes
 
 Progress = Callable[[int, int], None]
@@ -98,20 +99,24 @@ def prepare_merge(
             "is this the base it was trained on? --allow-unmatched merges the rest",
             list(map(str, changes.unmatched)),
         )
-    outputs = tuple(_output(model, weights, changes, dtype) for weights in model.weights)
+    eight = _eight_bit(model, changes)
+    outputs = tuple(_output(model, weights, changes, eight, dtype) for weights in model.weights)
     plan = Plan(
         outputs=outputs,
         documents={**replicated_documents, **_documents(model, outputs, changes, dtype)},
         copies=_copies(model, adapters),
         inputs=_inputs(model, adapters),
-        warnings=(*changes.warnings, *_warnings(model, adapters)),
+        warnings=(*changes.warnings, *_warnings(model, adapters, outputs)),
     )
     return Merge(model, tuple(adapters), given, changes, plan)
 
 
-def _output(model: Model, weights: WeightFile, changes: Changes, dtype: str | None) -> OutputFile:
+def _output(
+    model: Model, weights: WeightFile, changes: Changes, eight: Mapping[str, Scaled], dtype: str | None
+) -> OutputFile:
     """One weight file: the base's tensors in their order, then what is new."""
     steps = [_step(model, weights, key, tensor, changes, dtype) for key, tensor in weights.file.tensors.items()]
+    steps = [_rescaled(step, eight.get(weights.prefix + step.key)) for step in steps]
     if weights is _file_for_new(model, changes):
         for name, tensor in changes.added.items():
             tied = changes.untied is not None and name == f"{changes.untied.head}.weight"
@@ -127,6 +132,26 @@ def _step(model: Model, weights: WeightFile, key: str, tensor: Tensor, changes: 
     unique = name if len(model.parameters[name]) == 1 else f"{name} ({weights.name})"
     base = changes.replaced.get(name, tensor)
     return Step(unique, key, base, _stored(tensor, dtype), tuple(changes.parts.get(name, ())))
+
+
+def _eight_bit(model: Model, changes: Changes) -> dict[str, Scaled]:
+    """The changed weights that have scales, by their name and by that of their scales."""
+    tensors = {name: at[0].tensor for name, at in model.parameters.items()}
+    found: dict[str, Scaled] = {}
+    for name, parts in changes.parts.items():
+        held = scaled(name, tensors, model.config_of(name)) if tensors[name].dtype in LARGEST else None
+        if held is not None:
+            scale, one = held
+            one.changes = tuple(Change(p.update, p.strength, p.start, p.stop) for p in parts)
+            found[name] = found[scale] = one
+    return found
+
+
+def _rescaled(step: Step, held: Scaled | None) -> Step:
+    """A step of a weight with scales, or of the scales themselves."""
+    if held is None:
+        return step
+    return replace(step, scaled=held) if step.parts else replace(step, base=held.tensor())
 
 
 def _stored(tensor: Tensor, dtype: str | None) -> str:
@@ -160,10 +185,12 @@ def _inputs(model: Model, adapters: Sequence[Adapter]) -> dict[str, Path]:
     return inputs
 
 
-def _warnings(model: Model, adapters: Sequence[Adapter]) -> list[str]:
+def _warnings(model: Model, adapters: Sequence[Adapter], outputs: Sequence[OutputFile]) -> list[str]:
     """What the user should know: stale copies of the weights, an adapter that is in the base already."""
     copies = stale_copies(model)
     found = [f"copied unmerged, other forms of the same weights: {', '.join(copies[:5])}"] if copies else []
+    if eight := sum(step.base.dtype in LARGEST and bool(step.parts) for output in outputs for step in output.steps):
+        found.append(f"{eight} weights are stored in 8 bits: merged in float32 and rounded to 8 bits again")
     if model.pickled:
         found.append("the base's weights are pickles: the output holds them as safetensors")
     said = {value for w in model.weights for value in _inputs_of(w.file.metadata).values()}
