@@ -114,7 +114,13 @@ def read(
     LoratoolError (no such path), FormatError (not recognised, malformed, unsupported), UsageError (unknown format).
     """
     reading = reading or Reading()
-    model = None if base is None else model_of(base, reading)
+    return _read(path, format, None if base is None else model_of(base, reading), reading)
+
+
+def _read(
+    path: AnyPath, format: str | None, model: Model | None, reading: Reading, modules: tuple[str, ...] = ()
+) -> Adapter:
+    """Read an adapter with the help of a base, or of the names of the ``modules`` it may mean."""
     evidence = Evidence(
         existing(path, "adapter"),
         reading.allow_pickle,
@@ -396,7 +402,8 @@ def plan_export_onnx(
     reading = reading or Reading()
     graph = read_graph(Path(base), reading.allow_links)
     model = None if base_weights is None else model_of(base_weights, reading)
-    loaded = [a if isinstance(a, Adapter) else read(a, base=model, reading=reading) for a in adapters]
+    known = modules(graph)
+    loaded = [a if isinstance(a, Adapter) else _read(a, None, model, reading, known) for a in adapters]
     return prepare_export(graph, loaded, strengths, mode, model, allow_unmatched)
 
 

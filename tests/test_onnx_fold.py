@@ -26,13 +26,14 @@ from loratool.adapter import Adapter, Metadata
 from loratool.cli import main
 from loratool.devices import choose
 from loratool.errors import FormatError, LoratoolError, MatchError, NumericError
+from loratool.onnx.fold import Edit, write_graph
 from loratool.onnx.graph import read_graph
 from loratool.onnx.operands import Layout
 from loratool.onnx.resolve import logical
-from loratool.onnx.turned import restored, stored
+from loratool.onnx.turned import Turned, restored, stored
 from loratool.onnx.wire import Hole, skim, unskim
 from loratool.plan import OutputFile, Part, Plan, Run, Step, thread_count
-from loratool.tensors import Tensor
+from loratool.tensors import Tensor, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Replace, Update
 from tests.onnx_models import MODELS, Graphs, feed, make, run
 from tests.samples import UPDATES, low, normal
@@ -247,7 +248,7 @@ def test_every_kind_in_every_layout(kind: str, layout: Layout, fused: bool) -> N
     np.testing.assert_allclose(ran(step), restored(Tensor.of(wanted), layout).array(), rtol=1e-5, atol=1e-5)
 
 
-def ran(step: Step) -> np.ndarray:
+def ran(step: Step, device: str = "cpu-numpy") -> np.ndarray:
     """The stored values that a run makes of one tensor."""
     made = np.empty((step.shape[0], int(np.prod(step.shape[1:]))), np.float32)
 
@@ -255,8 +256,15 @@ def ran(step: Step) -> np.ndarray:
         def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
             made[start : start + len(data)] = data.view(np.float32)
 
-    list(Run(Plan((OutputFile("o", (step,), {}),)), Kept(), choose("cpu-numpy", {}), thread_count()))
+    list(Run(Plan((OutputFile("o", (step,), {}),)), Kept(), choose(device, {}), thread_count()))
     return made.reshape(step.shape)
+
+
+def test_turned_updates_on_torch() -> None:
+    update, base = UPDATES["dora_by_input"], values(7, 5)
+    held = Tensor.of(np.ascontiguousarray(base.T))
+    step = Step("w", "w", held, "F32", (Part(Turned(update, (5, 7), "transposed"), 1.0, 0, 5, "fc"),))
+    np.testing.assert_allclose(ran(step, "cpu-torch"), update.apply(base).T, atol=1e-5)
 
 
 def test_gemm_scales_its_product(tmp_path: Path) -> None:
@@ -276,6 +284,23 @@ def test_a_whole_weight_is_put_in_its_place_bit_for_bit(tmp_path: Path) -> None:
     base = linear(tmp_path / "g.onnx", 1000 * values(7, 5))
     out = folded(base, Adapter({}, {"fc.weight": Tensor.of(new)}, Metadata("peft")))
     np.testing.assert_array_equal(initializers(out)["w"], new.T)
+
+
+def test_flattened_names_are_looked_up_in_the_graph(graphs: Graphs, at: Any) -> None:
+    """kohya's names of a model that no table knows."""
+    base, chosen = at(graphs.export("unet")), graphs.adapter("unet", targets=("to_q", "to_out.0", "conv_in"))
+    source = loratool.read(chosen)
+    tensors = {}
+    for name, update in source.updates.items():
+        assert isinstance(update, LowRank)
+        flat = f"lora_unet_{name.replace('.', '_')}"
+        tensors |= {f"{flat}.lora_down.weight": update.down, f"{flat}.lora_up.weight": update.up}
+        tensors[f"{flat}.alpha"] = Tensor.of(np.float32(update.explicit_alpha))
+    write_safetensors(base.with_name("kohya.safetensors"), tensors, {})
+    one, other = folded(base, chosen), folded(base, base.with_name("kohya.safetensors"))
+    before, first, second = map(initializers, (base, one, other))
+    assert {n: v.tobytes() for n, v in first.items()} == {n: v.tobytes() for n, v in second.items()}
+    assert sum(before[n].tobytes() != first[n].tobytes() for n in before) == len(source.updates)
 
 
 # ---------------------------------------------------------------- copy on write
@@ -511,6 +536,32 @@ def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
         read_graph(base)
 
 
+def test_a_message_that_grows_too_large_goes_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protobuf ends at 2 GiB; well before that inline values go to the file beside it."""
+    monkeypatch.setattr("loratool.onnx.fold.INLINE", 10_000)
+    weight, update = values(64, 48), low(64, 48)
+    base = linear(tmp_path / "g.onnx", weight)
+    out = folded(base, adapter(update))
+    assert out.stat().st_size < 2000 and out.with_name(f"{out.name}.data").stat().st_size == weight.nbytes
+    np.testing.assert_allclose(initializers(out)["w"], (weight + update.delta()).T, atol=1e-5)
+
+
+def test_a_graph_for_a_moment_borrows_the_data(tmp_path: Path) -> None:
+    """What a proof is held against needs no copy of the base."""
+    base = external(tmp_path / "g.onnx", values(64, 48))
+    model = onnx.load(base, load_external_data=False)
+    model.graph.initializer[0].dims[:] = [48, 64]
+    onnx.save(model, base)
+    (tmp_path / "scratch").mkdir()
+    written = write_graph(
+        Edit.of(read_graph(base)), tmp_path / "scratch" / "r.onnx", inputs={}, metadata={}, shared=True
+    )
+    assert written.external_data is None
+    assert (tmp_path / "scratch" / "data.bin").samefile(tmp_path / "data.bin")
+    (weight,) = read_graph(written.output).weights.values()
+    np.testing.assert_array_equal(weight.tensor.array(), values(64, 48).T)
+
+
 def test_external_data_of_constants_move_along(tmp_path: Path) -> None:
     """A Constant's or a subgraph's external values must not point to the base's file."""
     base = external(tmp_path / "g.onnx")
@@ -581,6 +632,7 @@ def test_damaged_files_are_refused_in_one_line(graphs: Graphs, tmp_path: Path) -
         (b"\x3a\xff\xff\xff\xff\x7f", "truncated"),
         (b"\x0b\x0b", "no protobuf message"),
         (b"\xff" * 40, "malformed"),
+        (b"\x3a\x00\x3a\x00", "occurs twice"),
     ],
 )
 def test_foreign_files_are_named(tmp_path: Path, data: bytes, why: str) -> None:

@@ -136,6 +136,12 @@ def _refused(node: Node, rank: int, transposes: list[Node], weight: Weight, quan
 # ---------------------------------------------------------------- names
 
 
+def modules(graph: Graph) -> tuple[str, ...]:
+    """The modules that the graph's weights are said to be."""
+    told = (module_names(graph, operand) for operand in operands(graph))
+    return tuple(dict.fromkeys(next(iter(names.values())) for names in told if names))
+
+
 def module_names(graph: Graph, operand: Operand) -> dict[str, str]:
     """The module of a weight, by each source that tells one; the best first."""
     node = operand.use.node

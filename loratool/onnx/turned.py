@@ -110,7 +110,7 @@ class Turned(Update):
         return self.inner.scaling
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
-        inner = self.inner.prepare(load, strength)
+        inner = self.inner.prepare(Tensor.float, strength)  # on the processor, wherever the blocks are
         change: list[np.ndarray] = []
 
         def scan(found: Iterable[Block]) -> None:

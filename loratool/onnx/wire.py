@@ -17,6 +17,7 @@ from loratool.files import reject_foreign
 
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # ModelProto.graph, GraphProto.initializer, TensorProto.raw_data
 LIMIT = (1 << 31) - 1  # bytes of one protobuf message
+FIELDS = 1 << 22  # parts of one message: nodes, initializers
 SMALL = 1024  # bytes: smaller values stay in the message, where shapes and axes are looked at
 _FIXED = {1: 8, 5: 4}  # wire types of fixed width
 _BYTES = 2
@@ -47,27 +48,42 @@ class _Skimmer:
     def message(self, end: int, way: tuple[int, ...]) -> bytes:
         """The message from here to ``end`` without what ``way`` leads to."""
         kept: list[bytes] = []
-        seen = False
+        seen, fields, begin = False, 0, self.file.tell()
         while (start := self.file.tell()) < end:
             number, wire = divmod(self.varint(end), 8)
-            inside = bool(way) and number == way[0] and wire == _BYTES
-            if inside and seen and number != INITIALIZER:
-                raise FormatError("malformed ONNX model: a field occurs twice", self.path)
-            seen = seen or inside
-            if inside and number == INITIALIZER:
-                self.holes.append(None)
             stop = self.end_of(wire, end)
-            here = self.file.tell()
-            if inside and len(way) > 1:
-                inner = self.message(stop, way[1:])
-                kept.append(tag(number) + varint(len(inner)) + inner)
-            elif inside and stop - here >= SMALL:
+            here, fields = self.file.tell(), fields + 1
+            if fields > FIELDS:
+                raise FormatError(f"malformed ONNX model: more than {FIELDS:,} parts", self.path)
+            self.file.seek(stop)
+            if not way or number != way[0] or wire != _BYTES:
+                continue
+            if seen and number != INITIALIZER:
+                raise FormatError("malformed ONNX model: a field occurs twice", self.path)
+            seen = True
+            if len(way) > 1:
+                kept += [self.bytes(begin, start), *self.inner(number, here, stop, way[1:])]
+            elif stop - here >= SMALL:
                 self.holes[-1] = (here, stop - here)
-                self.file.seek(stop)
+                kept.append(self.bytes(begin, start))
             else:
-                self.file.seek(start)
-                kept.append(self.file.read(stop - start))
-        return b"".join(kept)
+                continue
+            self.file.seek(stop)
+            begin = stop
+        return b"".join((*kept, self.bytes(begin, end)))
+
+    def inner(self, number: int, start: int, stop: int, way: tuple[int, ...]) -> tuple[bytes, bytes]:
+        """A message inside another, with its head."""
+        if number == INITIALIZER:
+            self.holes.append(None)
+        self.file.seek(start)
+        message = self.message(stop, way)
+        return tag(number) + varint(len(message)), message
+
+    def bytes(self, start: int, stop: int) -> bytes:
+        """What the file holds from ``start`` to ``stop``."""
+        self.file.seek(start)
+        return self.file.read(stop - start)
 
     def end_of(self, wire: int, end: int) -> int:
         """Where the value that begins here ends."""
