@@ -13,13 +13,11 @@ WORLDS = ("kohya", "comfy", "native", "diffusers")
 every = pytest.mark.parametrize("known", TRANSFORMERS, ids=lambda known: known.name)
 
 # class -> how it calls its numbers of blocks, and the letters of the table's
-DEPTHS = {
+_BOTH = {"num_layers": "#d", "num_single_layers": "#s"}
+_LIKE_FLUX = ("Flux", "Chroma", "Flux2", "HiDreamImage", "HunyuanVideo", "HunyuanVideoFramepack", "HunyuanImage")
+DEPTHS: dict[str, dict[str, str]] = {kind: _BOTH for kind in _LIKE_FLUX} | {
     "ZImage": {"n_layers": "#b"},
     "AuraFlow": {"num_mmdit_layers": "#d", "num_single_dit_layers": "#s"},
-    **dict.fromkeys(("Flux", "Chroma", "Flux2", "HiDreamImage"), {"num_layers": "#d", "num_single_layers": "#s"}),
-    **dict.fromkeys(
-        ("HunyuanVideo", "HunyuanVideoFramepack", "HunyuanImage"), {"num_layers": "#d", "num_single_layers": "#s"}
-    ),
     "HunyuanVideo15": {"num_layers": "#d"},
 }
 SD3 = {"sample_size": 128, "pos_embed_max_size": 192, "num_attention_heads": 24, "caption_projection_dim": 1536}
