@@ -126,7 +126,7 @@ def _read(
         reading.allow_pickle,
         reading.allow_links,
         reading.scaling,
-        modules=model.modules if model else (),
+        modules=model.modules if model else modules,
         base=model,
     )
     adapter = formats.read_adapter(evidence, format)
@@ -397,6 +397,7 @@ def plan_export_onnx(
     """Work out an export to ONNX without writing anything. Raises all that `export_onnx` would refuse."""
     from loratool.onnx.graph import read_graph
     from loratool.ops.export_onnx import prepare_export
+    from loratool.onnx.operands import modules
 
     _check_strengths(adapters, strengths)
     reading = reading or Reading()
