@@ -18,6 +18,7 @@ from loratool.ops.compare import Placed, blocks, norm, placed
 from loratool.ops.replicate import shared_layers
 from loratool.ops.resize import Squares, dense_squares, dense_svd, each, factors_of, is_matrix, padded
 from loratool.ops.spectral import Choice, Piece, Result, fresh_metadata, stored, summarise, wide_factors
+from loratool.ops.stacks import apart, repacked, stacks_of
 from loratool.tensors import DTYPES, FLOATS, Tensor
 from loratool.update import Additive, Dense, DoRA, Layer, LowRank, Update, as_low_rank, trimmed
 
@@ -44,6 +45,8 @@ def add(
     if not all(map(math.isfinite, given)):
         raise UsageError("a strength is not a finite number")
     shared_layers(adapters)
+    stacks = stacks_of(adapters, model)
+    adapters = [apart(adapter, model) for adapter in adapters]
     choice = Choice(rank or None) if rank is not None else None
     terms = _terms(adapters, given, model)
 
@@ -58,7 +61,8 @@ def add(
     spellings = {k: v for adapter in reversed(adapters) for k, v in adapter.spellings.items()}
     carried = _carried(adapters, given, updates, model)
     whole = replace(adapters[0], updates=updates, carried=carried, spellings=spellings)
-    return summarise(fresh_metadata(whole), {n: squares for n, (_, squares) in made.items() if not is_bias(n)})
+    found = {n: squares for n, (_, squares) in made.items() if not is_bias(n)}
+    return repacked(summarise(fresh_metadata(whole), found), stacks)
 
 
 def subtract(

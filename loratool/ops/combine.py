@@ -29,6 +29,7 @@ from loratool.ops.compare import Factored, Placed, blocks, placed
 from loratool.ops.replicate import shared_layers
 from loratool.ops.resize import same_shape
 from loratool.ops.spectral import Piece, Result, factor_error, fresh_metadata, summarise, wide_factors
+from loratool.ops.stacks import apart, repacked, stacks_of
 from loratool.tensors import FLOATS, Tensor
 from loratool.update import Dense, Layer, LowRank, Sum, Update, as_low_rank
 
@@ -102,6 +103,8 @@ def combine(
     notes = () if recipe.sparse or recipe.density is None else (f"{recipe.method} keeps every entry: no density",)
     if recipe.method == "linear":
         return replace(add(adapters, given, recipe.rank, model), warnings=notes)
+    stacks = stacks_of(adapters, model)
+    adapters = [apart(adapter, model) for adapter in adapters]
     updates: dict[str, Update] = {}
     squares: dict[str, tuple[float, float]] = {}
     for name, terms in _aligned(adapters, given, model).items():
@@ -111,7 +114,8 @@ def combine(
     spellings = {k: v for adapter in reversed(adapters) for k, v in adapter.spellings.items()}
     carried = summed_carried(adapters, given, updates, model)
     whole = replace(adapters[0], updates=updates, carried=carried, spellings=spellings)
-    return summarise(fresh_metadata(whole), {n: pair for n, pair in squares.items() if not is_bias(n)}, notes)
+    found = {n: pair for n, pair in squares.items() if not is_bias(n)}
+    return repacked(summarise(fresh_metadata(whole), found, notes), stacks)
 
 
 # ---------------------------------------------------------------- which updates belong together

@@ -15,6 +15,7 @@ from loratool.names import module_of
 from loratool.ops.extract import Pair, Progress, each_pair, survey
 from loratool.ops.resize import is_matrix, spectrum
 from loratool.ops.spectral import Choice, Piece, choose_ranks, header_size, weights_of
+from loratool.ops.stacks import apart
 from loratool.plan import thread_count
 from loratool.tensors import Tensor
 
@@ -55,6 +56,7 @@ class RankReport:
 
 def rank_adapter(adapter: Adapter, choice: Choice | None = None, model: Model | None = None) -> RankReport:
     """The spectra of an adapter's updates. Raises MatchError for kinds that need the base without ``model``."""
+    adapter = apart(adapter, model)
     found = {n: adapter.updates[n] for n in weights_of(adapter) if is_matrix(adapter.updates[n])}
     pieces = {}
     for name, update in found.items():

@@ -29,6 +29,7 @@ from loratool.ops.spectral import (
     summarise,
     wide_factors,
 )
+from loratool.ops.stacks import apart, repacked, stacks_of, together
 from loratool.tensors import FLOATS, Tensor
 from loratool.update import Dense, Layer, LowRank, Sum, Update, trimmed
 
@@ -53,11 +54,14 @@ def resize(
     the rank is raised. ``size_of`` weighs an output for ``max_size``. Raises MatchError for kinds that need the base
     when none is given, before any work.
     """
+    stacks = stacks_of([adapter], model)
+    adapter = apart(adapter, model)
     modules = {n: _Module.of(n, u, model, dtype) for n, u in adapter.updates.items() if is_matrix(u) and not is_bias(n)}
     ranks: Mapping[str, int] = {}
     if choice.max_size is not None:
         found = each(lambda module: module.spectrum(choice), modules.values())
-        ranks = _fitting(adapter, modules, dict(zip(modules, found, strict=True)), choice, dtype, size_of)
+        measure = size_of and (lambda made: size_of(together(made, stacks)))
+        ranks = _fitting(adapter, modules, dict(zip(modules, found, strict=True)), choice, dtype, measure)
 
     def one(name: str) -> tuple[Update, Squares]:
         try:
@@ -70,7 +74,7 @@ def resize(
     for name, update in adapter.modules().items():
         squares[name] = results[name][1] if name in results else (0.0, norm(update) ** 2)
     updates = {name: results[name][0] if name in results else update for name, update in adapter.updates.items()}
-    return summarise(_finished(adapter, updates, dtype), squares)
+    return repacked(summarise(_finished(adapter, updates, dtype), squares), stacks)
 
 
 def _finished(adapter: Adapter, updates: Mapping[str, Update], dtype: str | None) -> Adapter:
