@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 
 import loratool
-from loratool.errors import FormatError
+from loratool.errors import FormatError, MatchError
 from loratool.kinds.glora import GLoRA
 from loratool.kinds.hadamard import LoHa
 from loratool.kinds.kronecker import LoKr
+from loratool.kinds.patch import Padded
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.kinds.sparse import Sparse
 from loratool.tensors import Tensor, read_safetensors
-from loratool.update import Additive, DoRA, Update, rows, stack
+from loratool.update import Additive, Dense, DoRA, Update, rows, stack
 from tests import samples
 from tests.samples import LYCORIS, loha, lokr, magnitude, normal, tucker_loha
 from tests.samples import WHOLE_LOKR as WHOLE
@@ -782,3 +783,51 @@ def test_a_merge_by_small_blocks(device: str, tmp_path: Path, monkeypatch: pytes
     for name, update in LYCORIS.items():
         close(found[f"{leaf[name]}.weight"].array(), update.apply(wide(weights[name]), 0.5))
     assert loratool.verify(folder, lora, merged=tmp_path / "out", strengths=[0.5]).ok
+
+
+# -- weights that grow ---------------------------------------------------------------------------------------
+
+
+def control(i: int = 8, seed: int = 0) -> Padded:
+    return Padded(samples.low(7, i, 3, seed=seed))
+
+
+def merged(folder: Path, out: Path, *updates: Update, strengths: Any = None) -> Any:
+    files = [samples.lora_file(out.with_suffix(f".{n}"), {"img_in": update}) for n, update in enumerate(updates)]
+    loratool.merge(folder, *files, strengths=strengths, out=out, undo=out.with_suffix(".undo"))
+    return read_safetensors(out / "model.safetensors").tensors["img_in.weight"].array()
+
+
+def test_a_weight_is_padded_with_zeros_before_it_changes(tmp_path: Path) -> None:
+    """Section 1.1, `reshape_weight`; a base that has grown already is changed as it is."""
+    update, narrow, tall = control(), normal(7, 5, seed=60), normal(7, 8, seed=61)
+    folder = samples.model(tmp_path / "base", {"img_in.weight": narrow, "other": normal(3)})
+    found = merged(folder, tmp_path / "out", update, control(seed=3), strengths=[0.5, -2.0])
+    expected = np.pad(wide(narrow), [(0, 0), (0, 3)]) + 0.5 * update.delta() - 2.0 * control(seed=3).delta()
+    close(found, expected)
+    loratool.unmerge(tmp_path / "out", tmp_path / "back", undo=tmp_path / "out.undo")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    close(merged(folder, tmp_path / "still", update, strengths=[0.0]), narrow.array(), 0)
+    grown = samples.model(tmp_path / "grown", {"img_in.weight": tall})
+    close(merged(grown, tmp_path / "out2", update), wide(tall) + update.delta())
+
+
+def test_a_weight_grows_for_one_adapter_only(tmp_path: Path) -> None:
+    folder = samples.model(tmp_path / "base", {"img_in.weight": normal(7, 5, seed=60)})
+    pairs = (control(), samples.low(7, 5)), (samples.low(7, 5), control()), (control(), control(9))
+    for n, pair in enumerate(pairs):
+        with pytest.raises(MatchError, match="grow"):
+            merged(folder, tmp_path / f"out{n}", *pair)
+    with pytest.raises(MatchError, match="shapes differ"):
+        merged(folder, tmp_path / "out", control(4))
+    with pytest.raises(FormatError, match="grows no weight"):
+        Padded(Dense(normal(7)))
+
+
+def test_a_padded_update_is_the_lora_within() -> None:
+    update = control()
+    low = update.low_rank()
+    assert low is not None
+    close(low.delta(), update.delta(), 0)
+    close(update.scaled(3.0).delta(), 3 * update.delta())
+    assert (update.kind, update.rank, update.alpha, update.scaling) == ("lora", 3, 6.0, 2.0)

@@ -18,6 +18,7 @@ from loratool.kinds.experts import Experts
 from loratool.kinds.glora import GLoRA
 from loratool.kinds.hadamard import LoHa
 from loratool.kinds.kronecker import LoKr
+from loratool.kinds.patch import Padded
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.kinds.sparse import Sparse
@@ -30,7 +31,7 @@ _CLASSES: tuple[type[Update], ...] = (
     *(LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked),
     *(Experts, Entry, AdditiveEntry, Tokens, Truncated),
     *(*factored.KINDS, *composed.KINDS, *based.KINDS),
-    *(LoHa, LoKr, GLoRA, IA3, OFT, SegmentOFT, BOFT, PeftOFT, PeftOldOFT, PeftBOFT, Sparse),
+    *(LoHa, LoKr, GLoRA, IA3, OFT, SegmentOFT, BOFT, PeftOFT, PeftOldOFT, PeftBOFT, Sparse, Padded),
 )
 _DEPTH = 8  # updates inside updates: rows of a sum of DoRAs is three
 KINDS: Mapping[str, type[Update]] = {kind.__name__: kind for kind in _CLASSES}

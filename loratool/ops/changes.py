@@ -11,6 +11,7 @@ from loratool.adapter import Adapter, is_bias
 from loratool.architectures import Slot
 from loratool.architectures.llm import Tie, tie_of
 from loratool.errors import FormatError, MatchError, NumericError, UsageError
+from loratool.kinds.patch import Padded
 from loratool.kinds.tokens import Tokens
 from loratool.model import Location, Model
 from loratool.names import Names, Unmatched, has_number, match, module_of
@@ -22,13 +23,17 @@ from loratool.update import LowRank, Replace, Update, rows, trimmed
 
 @dataclass
 class Changes:
-    """Parts to add to each tensor, tensors that replace the base's, tensors that are new, and what found no place."""
+    """Parts to add to each tensor, tensors that replace the base's, tensors that are new, and what found no place.
+
+    ``grown`` are those that are replaced by themselves with more inputs.
+    """
 
     parts: dict[str, list[Part]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, Tensor] = field(default_factory=dict)
     unmatched: list[Unmatched] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    grown: set[str] = field(default_factory=set)
     modules: int = 0
     untied: Tie | None = None
 
@@ -146,9 +151,26 @@ def _place_updates(changes: Changes, adapter: Adapter, strength: float, model: M
     for found in matches:
         slot = found.place
         if strength:  # at strength 0 the base keeps its very bytes
+            _grow(changes, found.update, slot, adapter.spelling(found.target), model)
             parts = _parts(found.update, slot, model.shape(slot.tensor), strength, adapter.spelling(found.target))
             changes.parts.setdefault(slot.tensor, []).extend(parts)
         changes.modules += not is_bias(found.target)
+
+
+def _grow(changes: Changes, update: Update, slot: Slot, module: str, model: Model) -> None:
+    """Zeros for the inputs that a weight does not have yet: the layer takes more channels."""
+    grows = isinstance(update, Padded)
+    if slot.tensor in changes.grown if not grows else slot.tensor in changes.touched - changes.grown:
+        raise MatchError("one adapter grows a weight that another changes as it is", slot.tensor, "merge them in turn")
+    if not isinstance(update, Padded):
+        return
+    if not slot.whole or slot.transposed:
+        raise MatchError("a weight that is stored with others cannot grow", f"{module} -> {slot.tensor}")
+    grown = update.grown(model.parameters[slot.tensor][0].tensor)
+    if slot.tensor in changes.grown and changes.replaced[slot.tensor].shape != grown.shape:
+        raise MatchError("two adapters grow one weight to different shapes", f"{module} -> {slot.tensor}")
+    changes.replaced[slot.tensor] = grown
+    changes.grown.add(slot.tensor)
 
 
 def _parts(update: Update, slot: Slot, stored: Sequence[int], strength: float, module: str) -> Iterator[Part]:
