@@ -20,6 +20,7 @@ import loratool
 from loratool.adapter import Adapter, Metadata
 from loratool.errors import FormatError, LossError
 from loratool.formats import llm as shared
+from loratool.kinds.experts import Experts
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import Dense, DoRA, LowRank
 from tests import llm
@@ -916,6 +917,48 @@ def test_loralib_there_and_back(more: dict[str, Any], tmp_path: Path) -> None:
 def test_malformed_loralib_is_refused(tensors: Any, what: str, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=what):
         loratool.read(pickled(tmp_path / "x.pt", tensors), reading=PICKLES)
+
+
+# -- experts that are stacked in the adapter ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["plain", "transposed", "model"])
+@pytest.mark.parametrize(
+    ("model_type", "transposed", "interleaved"),
+    [("qwen3_moe", False, False), ("mixtral", False, False), ("gpt_oss", True, True), ("llama4_text", True, False)],
+)
+def test_stacked_experts_are_written_one_by_one(
+    model_type: str, transposed: bool, interleaved: bool, order: Any, tmp_path: Path
+) -> None:
+    """llm.md traps 3, 6, 8: PEFT's packing of 3-D experts, for formats that hold each expert or their own stack."""
+    config = {"model_type": model_type, "hidden_size": HIDDEN, "moe_intermediate_size": INNER, "num_experts": 3}
+    stack = (2 * INNER, HIDDEN)  # [o,i] of gate and up
+    across = (order == "transposed") != transposed if order != "model" else False
+    out, inner = stack[::-1] if across else stack
+    packed = Experts(normal(3 * 2, inner), normal(out, 2 * 3), 3, 4.0, order=order)
+    block = "feed_forward" if model_type == "llama4_text" else "mlp"
+    name = f"model.layers.0.{block}.experts.gate_up_proj"
+    adapter = Adapter({name: packed}, {}, Metadata("sample", base_config=config))
+    told = replace(packed, order=("transposed" if transposed else "plain") if order == "model" else order)
+    dense = told.delta()  # as the base stores it: [E,o,i], or [E,i,o]
+    expected = dense.swapaxes(1, 2) if transposed else dense
+    halves = (expected[:, 0::2], expected[:, 1::2]) if interleaved else (expected[:, :INNER], expected[:, INNER:])
+    again = loratool.read(written(adapter, tmp_path, "mlx"))
+    where, leaves = ("block_sparse_moe", ("w1", "w3")) if model_type == "mixtral" else (block, ("gate_proj", "up_proj"))
+    assert len(again.updates) == 6
+    for leaf, half in zip(leaves, halves, strict=True):
+        for n in range(3):
+            found = again.updates[f"model.layers.0.{where}.experts.{n}.{leaf}"]
+            assert np.allclose(delta(found), half[n], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "qwen3_moe"}, {"model_type": "unknown", "hidden_size": 20}])
+def test_stacked_experts_of_an_unknown_layout_are_a_loss(config: dict[str, Any], tmp_path: Path) -> None:
+    packed = Experts(normal(6, HIDDEN), normal(2 * INNER, 6), 3)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(LossError) as caught:
+        written(Adapter({name: packed}, {}, Metadata("sample", base_config=config)), tmp_path, "mlx")
+    assert [loss.partition(":")[0] for loss in caught.value.losses] == [name]
 
 
 # -- dialects that are PEFT's ----------------------------------------------------------------------------------------

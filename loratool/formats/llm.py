@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from loratool import layouts
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
+from loratool.architectures.layouts import ONE_BY_ONE, STACKS, Naming
 from loratool.architectures.llm import EMBEDDING_LEAVES
 from loratool.architectures.table import NameTable
-from loratool.errors import FormatError
+from loratool.errors import FormatError, MatchError
 from loratool.files import read_json
 from loratool.formats.base import CONFIG, Evidence
+from loratool.kinds.experts import Experts
 from loratool.tensors import FLOATS, Tensor, blocks, numpy_dtype
 from loratool.update import DoRA, Layer, LowRank, Update, as_low_rank
 
@@ -276,13 +279,28 @@ Reason = Callable[[str, Update], str | None]
 
 def lost(adapter: Adapter, reason: Reason) -> list[Loss]:
     """What a format of factors cannot say: updates for which ``reason`` has one, and all that is carried whole."""
-    found = [Loss(adapter.spelling(n), why) for n, u in adapter.updates.items() if (why := reason(n, u))]
-    return found + [Loss(adapter.spelling(n), "a tensor trained whole") for n in adapter.carried]
+    found: dict[str, Loss] = {}
+    for name, update, spelling in _apart(adapter):
+        if why := reason(name, update):
+            found.setdefault(spelling, Loss(spelling, why))
+    return [*found.values(), *(Loss(adapter.spelling(n), "a tensor trained whole") for n in adapter.carried)]
 
 
 def said(adapter: Adapter, reason: Reason) -> dict[str, Update]:
-    """The updates for which there is no reason not to say them."""
-    return {name: update for name, update in adapter.updates.items() if reason(name, update) is None}
+    """The updates for which there is no reason not to say them; stacked experts one by one."""
+    return {name: update for name, update, _ in _apart(adapter) if reason(name, update) is None}
+
+
+def _apart(adapter: Adapter) -> Iterator[tuple[str, Update, str]]:
+    """(name, update, spelling) of all updates, those of stacks of experts one by one where the base tells how."""
+    config: Mapping[str, Any] | None = None
+    for name, update in adapter.updates.items():
+        parts: Mapping[str, Update] = {}
+        if isinstance(update, Experts):
+            config = base_config(adapter) if config is None else config
+            parts = one_by_one(name, update, config)
+        for own, part in (parts or {name: update}).items():
+            yield own, part, adapter.spelling(name)
 
 
 def commonest(values: Iterable[Any], default: Any = None) -> Any:
@@ -417,6 +435,43 @@ def _one(tensor: Tensor, number: int) -> Tensor:
     at = number if tensor.shape[0] > 1 else 0
     _, rows, columns = tensor.shape
     return Tensor(tensor.dtype, (rows, columns), lambda a, b: tensor.load(at, at + 1)[0, a:b])
+
+
+def one_by_one(name: str, stack: Experts, config: Mapping[str, Any]) -> dict[str, Update]:
+    """The LoRA of each projection of each expert of a stack, by the names that transformers 4 has for them.
+
+    Empty where the configuration does not tell the layout, or the shapes are of no model like it.
+    """
+    kind, expert = str(config.get("model_type")), layouts.expert_of(name)
+    layout = STACKS.get(kind)
+    hidden, inner = size(config, "hidden_size"), size(config, "moe_intermediate_size", "intermediate_size")
+    if layout is None or layout.transposed is None or expert is None or not hidden or not inner:
+        return {}
+    shape = {"down": (hidden, inner), "gate_up": (2 * inner, hidden)}.get(expert.role, (inner, hidden))  # [o,i]
+    try:
+        orders = stack.orders(layout.transposed)
+    except MatchError:  # square, and nothing tells which axis is the input
+        return {}
+    turned = next((one for one in orders if one.shape[1:] == (shape[::-1] if layout.transposed else shape)), None)
+    if turned is None:
+        return {}
+    parts = name.split(".")
+    before = parts[:-2] if parts[-2] == "experts" else parts[:-1]
+    naming = ONE_BY_ONE.get(kind, Naming(before[-1]))
+    where = ".".join([*before[:-1], naming.block, "experts"])
+    leaves = dict(zip(("gate", "up", "down"), naming.leaves, strict=True))
+    found: dict[str, Update] = {}
+    flipped = (turned.order == "transposed") != layout.transposed
+    for number in range(stack.experts):
+        one = replace(turned, order="plain").expert(number)
+        one = replace(one, down=one.up.T, up=one.down.T) if flipped else one  # now up @ down is the delta [o,i]
+        if expert.role != "gate_up":
+            found[f"{where}.{number}.{leaves[expert.role]}"] = one
+            continue
+        halves = (slice(0, None, 2), slice(1, None, 2)) if layout.interleaved else (slice(0, inner), slice(inner, None))
+        for role, half in zip(("gate", "up"), halves, strict=True):
+            found[f"{where}.{number}.{leaves[role]}"] = replace(one, up=taken(one.up, np.arange(2 * inner)[half]))
+    return found
 
 
 def expert_count(config: Mapping[str, Any], experts: Iterable[int], where: object) -> int:

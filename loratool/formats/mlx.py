@@ -57,6 +57,7 @@ EXPERTS: llm.ExpertLeaves = {
     ("block_sparse_moe.experts", "w1"): ("block_sparse_moe.switch_mlp", "gate_proj"),
     ("block_sparse_moe.experts", "w2"): ("block_sparse_moe.switch_mlp", "down_proj"),
     ("block_sparse_moe.experts", "w3"): ("block_sparse_moe.switch_mlp", "up_proj"),
+    **{("feed_forward.experts", leaf): ("feed_forward.experts", leaf) for leaf in _LEAVES},  # llama4
 }
 _GPT_OSS: llm.ExpertLeaves = {("mlp.experts", leaf): ("mlp.experts", leaf) for leaf in _LEAVES}
 _STACKS = {stack: one for table in (EXPERTS, _GPT_OSS) for one, stack in table.items()}
