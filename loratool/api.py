@@ -22,6 +22,7 @@ from loratool.model import Model, read_model
 
 if TYPE_CHECKING:
     from loratool.ops.compare import Comparison
+    from loratool.ops.export_folder import FolderExport
     from loratool.ops.export_onnx import Export, ExportReport
     from loratool.ops.inspect import Inspection
     from loratool.ops.merge import Merge, MergeReport, Progress
@@ -393,12 +394,17 @@ def plan_export_onnx(
     base_weights: Base | None = None,
     allow_unmatched: bool = False,
     reading: Reading | None = None,
-) -> Export:
+) -> Export | FolderExport:
     """Work out an export to ONNX without writing anything. Raises all that `export_onnx` would refuse."""
     from loratool.onnx.graph import read_graph
-    from loratool.ops.export_onnx import prepare_export
     from loratool.onnx.operands import modules
+    from loratool.ops.export_onnx import prepare_export
 
+    if Path(base).is_dir():
+        from loratool.ops.export_folder import prepare_folder
+
+        merged = plan_merge(base, adapters, strengths, allow_unmatched=allow_unmatched, reading=reading)
+        return prepare_folder(merged, mode, allow_unmatched)
     _check_strengths(adapters, strengths)
     reading = reading or Reading()
     graph = read_graph(Path(base), reading.allow_links)
@@ -424,6 +430,7 @@ def export_onnx(
 ) -> ExportReport:
     """Write the ONNX graph ``base`` with the adapters in it to ``out``, streamed, and prove it in onnxruntime.
 
+    Where ``base`` is a model folder, torch's exporter makes the graph of the merged model (extra ``export``).
     ``mode``: fold (into the weights), branch (constant side branches; the default where weights are quantised) or
     inputs (adapters as optional inputs). ``base_weights``, the checkpoint of the graph, finds weights by value where
     names are gone. ``verify`` None: where onnxruntime is there. Raises MatchError, FormatError (hostile or quantised),

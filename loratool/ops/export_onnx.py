@@ -24,6 +24,7 @@ from loratool.plan import OutputFile, Plan, Step, thread_count
 
 if TYPE_CHECKING:
     from loratool.onnx.verify import Trial
+    from loratool.ops.export_folder import FolderExport
 
 Progress = Callable[[int, int], None]
 MODES = ("fold", "branch", "inputs")  # each a file of `loratool.onnx`, whose function of that name makes the graph
@@ -161,7 +162,7 @@ def _build(mode: str, graph: Graph, changes: Sequence[Change]) -> Edit:
 
 
 def run_export(
-    planned: Export,
+    planned: Export | FolderExport,
     out: str | Path,
     *,
     verify: bool | None = None,
@@ -174,6 +175,10 @@ def run_export(
     ``verify`` None: where onnxruntime is there. Raises LoratoolError (output exists, out of disk, no onnxruntime),
     NumericError, VerifyError.
     """
+    if not isinstance(planned, Export):
+        from loratool.ops.export_folder import run_folder
+
+        return run_folder(planned, out, verify=verify, overwrite=overwrite, device=device, progress=progress)
     began, path = time.perf_counter(), Path(out)
     check(planned, path, overwrite, verify)
     proof = _prover(verify)
@@ -214,8 +219,12 @@ def run_export(
     )
 
 
-def check(planned: Export, out: str | Path, overwrite: bool, verify: bool | None = None) -> None:
+def check(planned: Export | FolderExport, out: str | Path, overwrite: bool, verify: bool | None = None) -> None:
     """Check where the output goes, that there is room, and what is to prove it. Raises LoratoolError."""
+    if not isinstance(planned, Export):
+        from loratool.ops import export_folder
+
+        return export_folder.check(planned, out, overwrite, verify)
     _prover(verify)
     given = {f"adapter {n}": a.metadata.path for n, a in enumerate(planned.adapters, 1) if a.metadata.path}
     path = Path(out)
@@ -295,8 +304,12 @@ def _trials(planned: Export, output: Path, files: Sequence[Path], reference: Pat
         yield Trial(output, reference, file)
 
 
-def describe(planned: Export, output: str | Path) -> dict[str, Any]:
+def describe(planned: Export | FolderExport, output: str | Path) -> dict[str, Any]:
     """A plan as plain data: every module, every tensor, what will be read and written."""
+    if not isinstance(planned, Export):
+        from loratool.ops import export_folder
+
+        return export_folder.describe(planned, output)
     out = Path(output)
     layout = lay_out(planned.edit, external_name(out))
     threads = thread_count()
