@@ -139,7 +139,9 @@ def _eight_bit(model: Model, changes: Changes) -> dict[str, Scaled]:
     tensors = {name: at[0].tensor for name, at in model.parameters.items()}
     found: dict[str, Scaled] = {}
     for name, parts in changes.parts.items():
-        held = scaled(name, tensors, model.config_of(name)) if tensors[name].dtype in LARGEST else None
+        if name not in tensors or tensors[name].dtype not in LARGEST:  # the head of tied weights may not be there
+            continue
+        held = scaled(name, tensors, model.config_of(name))
         if held is not None:
             scale, one = held
             one.changes = tuple(Change(p.update, p.strength, p.start, p.stop) for p in parts)
@@ -222,6 +224,7 @@ def _documents(model: Model, outputs: Sequence[OutputFile], changes: Changes, dt
             changed = _set_in_text(changed, "tie_word_embeddings", False, everywhere=True)
         for key, value in _resized(model, changes).items():
             changed = _set_in_text(changed, key, value)
+        changed.update(_grown(model, changes, prefix))
         if dtype in _TORCH_NAMES:
             changed.update({k: _TORCH_NAMES[dtype] for k in ("torch_dtype", "dtype") if k in changed})
         if changed != config:
@@ -266,6 +269,15 @@ def _resized(model: Model, changes: Changes) -> dict[str, int]:
         rows = model.shape(name)[0] if name in model.parameters else tensor.rows
         if tensor.rows != rows and model.config_of(name).get("vocab_size") == rows:
             return {"vocab_size": tensor.rows}
+    return {}
+
+
+def _grown(model: Model, changes: Changes, prefix: str) -> dict[str, int]:
+    """``in_channels`` where the first layer of an image model takes more; what it gives stays."""
+    for name in changes.grown & model.parameters.keys():
+        was, config = model.shape(name)[1], model.config_of(name)
+        if model.parameters[name][0].weights.prefix == prefix and config.get("in_channels") == was:
+            return {"in_channels": changes.replaced[name].shape[1], "out_channels": config.get("out_channels") or was}
     return {}
 
 
