@@ -14,13 +14,15 @@ from functools import cached_property
 
 from loratool.adapter import Adapter, is_bias, parameter
 from loratool.architectures import Slot
+from loratool.architectures.base import Shape
 from loratool.architectures.layouts import RENAMED_PARTS, renamed_parts
 from loratool.architectures.llm import CONV1D_MODELS, CONV1D_NAMES, RENAMED_PREFIXES, experts_transposed
 from loratool.errors import MatchError
 from loratool.kinds.experts import Experts
+from loratool.kinds.patch import Padded
 from loratool.layouts import Layouts
 from loratool.model import Model
-from loratool.update import Update
+from loratool.update import LowRank, Update
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def orient(update: Update, target: str, place: Slot, model: Model) -> Update:
     """``update`` in the orientation in which ``model`` stores the weight. Raises MatchError when no shape fits."""
     stored = model.shape(place.tensor)
     wanted = place.shape(stored)
-    for candidate in _orientations(update, place, model):
+    for candidate in (*_orientations(update, place, model), *_control(update, target, wanted)):
         sized = candidate.sized(wanted)
         if sized is not None:
             return sized
@@ -195,6 +197,13 @@ def orient(update: Update, target: str, place: Slot, model: Model) -> Update:
         f"{target} -> {place.tensor}",
         "the adapter was made for another base",
     )
+
+
+def _control(update: Update, target: str, wanted: Shape) -> list[Update]:
+    """FLUX's control LoRAs: their first layer takes the channels of an image beside those of the latents."""
+    doubled = len(wanted) == 2 and update.shape == (wanted[0], 2 * wanted[1])
+    first = target.rpartition(".")[2] in ("x_embedder", "img_in")
+    return [Padded(update)] if doubled and first and isinstance(update, LowRank) else []
 
 
 def _orientations(update: Update, place: Slot, model: Model) -> list[Update]:

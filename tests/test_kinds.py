@@ -831,3 +831,28 @@ def test_a_padded_update_is_the_lora_within() -> None:
     close(low.delta(), update.delta(), 0)
     close(update.scaled(3.0).delta(), 3 * update.delta())
     assert (update.kind, update.rank, update.alpha, update.scaling) == ("lora", 3, 6.0, 2.0)
+
+
+def test_a_flux_takes_a_control_lora(tmp_path: Path) -> None:
+    """Section 7.6: twice the channels, as diffusers expands the layer; the merged folder loads."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    plain = FluxTransformer2DModel(
+        in_channels=4, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8), **sizes
+    )
+    plain.save_pretrained(tmp_path / "flux")
+    update = samples.low(32, 8, 3)
+    lora = samples.lora_file(tmp_path / "x", {"transformer.x_embedder": update})
+    report = loratool.merge(tmp_path / "flux", lora, out=tmp_path / "out")
+    assert any("8 channels instead of 4" in warning for warning in report.warnings)
+    tuned = FluxTransformer2DModel.from_pretrained(tmp_path / "out")
+    assert (tuned.config.in_channels, tuned.out_channels) == (8, 4)
+    before = plain.x_embedder.weight.detach().numpy()
+    close(tuned.x_embedder.weight.detach(), np.pad(before, [(0, 0), (0, 4)]) + update.delta())
+    assert loratool.verify(tmp_path / "flux", lora, merged=tmp_path / "out").ok
+    other = samples.lora_file(tmp_path / "y", {"transformer.context_embedder": samples.low(32, 16, 3)})
+    with pytest.raises(MatchError, match="shapes differ"):
+        loratool.merge(tmp_path / "flux", other, out=tmp_path / "no")

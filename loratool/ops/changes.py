@@ -169,6 +169,9 @@ def _grow(changes: Changes, update: Update, slot: Slot, module: str, model: Mode
     grown = update.grown(model.parameters[slot.tensor][0].tensor)
     if slot.tensor in changes.grown and changes.replaced[slot.tensor].shape != grown.shape:
         raise MatchError("two adapters grow one weight to different shapes", f"{module} -> {slot.tensor}")
+    if slot.tensor not in changes.grown:
+        was, now = model.shape(slot.tensor)[1], grown.shape[1]
+        changes.warnings.append(f"{slot.tensor} takes {now} channels instead of {was}, as {module} needs")
     changes.replaced[slot.tensor] = grown
     changes.grown.add(slot.tensor)
 
