@@ -481,7 +481,9 @@ def _put(updates: dict[str, Update], spellings: dict[str, str], target: str, upd
 
 
 def _unfolded(update: Update, weight: Shape) -> Update:
-    """A LoRA whose down factor holds the kernel flattened [r,i*k], as [r,i,*k]; others as they are."""
+    """An update that holds a kernel flattened, such as a LoRA with down [r,i*k], for a weight of that shape."""
+    if weight and not isinstance(update, LowRank):
+        return update.sized(weight) or update
     if not isinstance(update, LowRank) or len(trimmed(weight)) < 3 or len(update.shape) > 2:
         return update
     if update.shape[1] != math.prod(weight[1:]):
