@@ -13,6 +13,7 @@ import pytest
 
 import loratool
 from loratool.errors import FormatError, MatchError
+from loratool.kinds import rotation
 from loratool.kinds.glora import GLoRA
 from loratool.kinds.hadamard import LoHa
 from loratool.kinds.kronecker import LoKr
@@ -292,6 +293,8 @@ BROKEN: list[Any] = [
     (lambda: PeftOFT(normal(3, 3), block_share=True), "shared"),
     (lambda: PeftOFT(normal(3, 3), neumann_terms=10**9), "terms"),
     (lambda: SegmentOFT(()), "without a segment"),
+    (lambda: PeftOFT(normal(3, 3), eps=-1.0).apply(base(2, 9)), "no longer than -1"),
+    (lambda: PeftOldOFT(normal(3, 3, 3), eps=0.0).apply(base(9, 2)), "no longer than 0"),
 ]
 
 
@@ -586,6 +589,19 @@ def test_a_rotation_turns_and_does_not_stretch() -> None:
         assert np.abs(turned - w).max() > 0.5
     for still in (OFT(Tensor.of(np.zeros((3, 4, 4), np.float32))), PeftOFT(Tensor.of(np.zeros((1, 10), np.float32)))):
         close(still.apply(w), w, 0)
+
+
+def test_a_span_is_turned_once_for_all_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of kohya's OFT is a quarter of the outputs: far more rows than are held at once."""
+    calls: list[int] = []
+    turned = rotation._turned
+    monkeypatch.setattr(rotation, "_turned", lambda *given: calls.append(given[1]) or turned(*given))
+    update, w = OFT(normal(2, 6, 6), normal(12)), base(12, 5)
+    prepared = update.prepare(Tensor.float)
+    assert prepared.reach is not None
+    found = [prepared.delta(n, n + 2, w[slice(*prepared.reach(n, n + 2))]) for n in range(0, 12, 2)]
+    assert calls == [0, 6]
+    close(w + np.concatenate(found), update.apply(w))
 
 
 def test_parts_of_rotations_are_rotations() -> None:

@@ -10,6 +10,7 @@ LyCORIS 4, AUTOMATIC1111 `network_oft.py`, huggingface/peft 0.11 to 0.21.
 from __future__ import annotations
 
 import math
+import threading
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -120,13 +121,21 @@ class Rotation(Update):
         def reach(start: int, stop: int) -> tuple[int, int]:
             return start // self.span * self.span, -(-stop // self.span) * self.span
 
+        kept = threading.local()  # of the last span: the next block mostly lies in the same, and spans may be long
+
+        def turned(base: Array, low: int) -> Array:
+            if getattr(kept, "place", None) != (low, len(base)):
+                kept.change, kept.place = _turned(base, low, factors), (low, len(base))
+            return kept.change
+
         def delta(start: int, stop: int, base: Array | None) -> Array:
             assert base is not None
-            low, own = 0, base
+            own = base
             if self.by_rows:
-                low, _ = reach(start, stop)
+                low, high = reach(start, stop)
                 own = base[start - low : stop - low]
-                change = _turned(base, low, factors)[start - low : stop - low]
+                whole = (low, high) == (start, stop)
+                change = _turned(base, low, factors) if whole else turned(base, low)[start - low : stop - low]
             else:
                 change = _turned(base.T, 0, factors).T
             if gain is not None:
@@ -482,6 +491,8 @@ def shortened(blocks: np.ndarray, eps: float | None) -> np.ndarray:
     """Blocks [n,b,b] whose norm is at most eps / sqrt(n): PEFT's constrained OFT."""
     if eps is None:
         return blocks
+    if not eps > 0:
+        raise FormatError(f"blocks of an OFT no longer than {eps}")
     limit = eps / math.sqrt(len(blocks))
     norm = np.linalg.norm(blocks, axis=(1, 2), keepdims=True)
     return np.asarray(np.where(norm <= limit, blocks, blocks * (limit / np.maximum(norm, 1e-300))))
