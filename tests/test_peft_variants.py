@@ -745,3 +745,36 @@ def test_other_formats_cannot_say_a_replication(tmp_path: Path) -> None:
     assert loratool.read(tmp_path / "raw.safetensors").metadata.config["layer_replication"]
     with pytest.raises(LossError, match="layer_replication"):
         loratool.write(lora, tmp_path / "mlx", format="mlx")
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_whole_embedding_that_stays_tied(tied: bool, tmp_path: Path) -> None:
+    """ensure_weight_tying of modules_to_save: both ends are in the file, alike; without it the ends part (trap 39)."""
+    import torch
+
+    base = saved(make_small("llama_tied"), tmp_path / "base")
+    config = lora_config(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=tied)
+    lora = trained(models.load_model(base), config, tmp_path / "lora")
+    truth = models.logits(base, lora)
+    loratool.merge(base, lora, out=tmp_path / "out")
+    assert torch.allclose(models.logits(tmp_path / "out"), truth, atol=1e-5 * float(truth.abs().max()))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is tied
+
+
+@pytest.mark.peer
+def test_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
+    """llm.md 1.5: its product does not fit the grouped weight; PEFT runs it and refuses to merge it."""
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(4, 4, 3, groups=2)
+
+        def forward(self, x: Any) -> Any:
+            return self.conv(x)
+
+    lora = trained(Net(), lora_config(target_modules=["conv"]), tmp_path / "lora")
+    with pytest.raises(FormatError, match="grouped convolution"):
+        loratool.read(lora)

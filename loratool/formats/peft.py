@@ -5,7 +5,16 @@ Embedding ``.lora_embedding_A`` [r,entries] and ``.lora_embedding_B`` [dim,r], f
 plain parameter names for what was trained whole. The scaling is in the configuration only: ``lora_alpha / r``, or
 ``/ sqrt(r)`` with ``use_rslora``, with exceptions by module in ``rank_pattern`` and ``alpha_pattern``, whose keys are
 regular expressions ``(.*\\.)?KEY$``: the first that fits wins. Raw dumps of other trainers keep the adapter's name in
-the keys, wrap modules once more or leave the prefix out; they are read alike. Source: huggingface/peft 0.21.
+the keys, wrap modules once more or leave the prefix out; they are read alike.
+
+Parameters that are no module's ``weight`` (``target_parameters``: stacks of experts [E,o,i]) are wrapped by wrapping
+their module, the first registered innermost, behind most ``.base_layer``; the keys do not name them. A torch
+MultiheadAttention holds the pair of ``in_proj_weight`` itself and that of its output below ``.base_layer.out_proj``;
+PEFT up to 0.21.2 counts the latter twice, and so does this reader for what such a version wrote. Rows of an embedding
+(``trainable_token_indices``) are in ``.token_adapter.trainable_tokens_delta``. QALoRA and BD-LoRA hold factors in a
+form of their own and are read as the plain LoRA that they are; KaSA has a ``.lora_diag``. What began as PiSSA, OLoRA,
+CorDA or LoRA-GA is no delta of the plain base: it is read where a folder ``*_init`` beside it holds the adapter before
+training, whose factors are subtracted. Source: huggingface/peft 0.21.
 """
 
 from __future__ import annotations
@@ -360,6 +369,11 @@ def _update(
     embedding = "embedding_down" in slots
     down, up, gain = (*pair, 1.0) if embedding or place.stacked else plain_factors(config, place.rule, *pair)
     gain *= place.times
+    if len(down.shape) > 2 and len(up.shape) == len(down.shape) and up.shape[1] < down.shape[0]:
+        raise FormatError(
+            f"factors of shapes {list(down.shape)} and {list(up.shape)}: a grouped convolution, whose weight no "
+            "product of them fits (PEFT cannot merge it either)"
+        )
     if place.stacked and (experts := scales.experts_of(place.rule, down.shape[0])) > 1:
         alpha = scales.alpha_of(place.rule, down.shape[0] // experts)
         _without("a parameter", slots, "magnitude", "diagonal")
