@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import loratool
 from loratool.errors import FormatError, MatchError
@@ -872,3 +874,77 @@ def test_a_flux_takes_a_control_lora(tmp_path: Path) -> None:
     other = samples.lora_file(tmp_path / "y", {"transformer.context_embedder": samples.low(32, 16, 3)})
     with pytest.raises(MatchError, match="shapes differ"):
         loratool.merge(tmp_path / "flux", other, out=tmp_path / "no")
+
+
+# -- laws over every shape -----------------------------------------------------------------------------------
+
+sizes = st.integers(1, 6)
+kernels = st.lists(st.integers(1, 3), max_size=3)
+dtypes = st.sampled_from(("F32", "F64", "BF16", "F16"))
+
+
+@st.composite
+def halves(draw: st.DrawFn, h: int, w: int, kernel: tuple[int, ...], name: str) -> dict[str, Tensor]:
+    """One half of a LoHa or LoKr [h,w,*k], stored in any of the ways there are."""
+    way = draw(st.sampled_from(("whole", "pair", "unfolded", "core")))
+    r, dtype = draw(sizes), draw(dtypes)
+    if way == "core" and name != "w1":
+        core = f"t{name[1]}"
+        return {
+            f"{name}_a": normal(r, h, dtype=dtype),
+            f"{name}_b": normal(r, w, seed=1),
+            core: normal(r, r, *kernel, seed=2),
+        }
+    if way == "whole":
+        return {name: normal(h, w, *kernel, dtype=dtype)}
+    inner = (w, *kernel) if way == "unfolded" else (w * math.prod(kernel),)
+    return {f"{name}_a": normal(h, r, dtype=dtype), f"{name}_b": normal(r, *inner, seed=1)}
+
+
+def assert_additive_laws(update: LoHa | LoKr, expected: np.ndarray, data: st.DataObject) -> None:
+    """delta, scaled, row blocks, rows and the exact LoRA all say what the formula says."""
+    o = update.shape[0]
+    start = data.draw(st.integers(0, o - 1))
+    stop = data.draw(st.integers(start + 1, o))
+    close(update.delta(), expected)
+    close(update.scaled(-0.5).delta(), -0.5 * expected)
+    close(update.delta(start, stop), expected[start:stop])
+    part, low = rows(update, start, stop), update.low_rank()
+    assert isinstance(part, Additive)
+    close(part.delta(), expected[start:stop])
+    if low is not None:
+        close(low.delta(), expected)
+        assert low.rank < min(o, math.prod(update.shape[1:]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), sizes, sizes, sizes, sizes, kernels, st.none() | st.floats(-9, 9))
+def test_lokr_laws(data: st.DataObject, a: int, b: int, c: int, d: int, k: list[int], alpha: float | None) -> None:
+    """Section 3.4, every stored variant."""
+    kernel = tuple(k)
+    slots = {**data.draw(halves(a, c, (), "w1")), **data.draw(halves(b, d, kernel, "w2"))}
+    update = LoKr(**slots, alpha=alpha).sized((a * b, c * d, *kernel))
+    assert isinstance(update, LoKr)
+    whole = {"w1", "w2"} <= slots.keys()
+    scaling = 1.0 if whole or alpha is None else alpha / (slots.get("w2_b") or slots["w1_b"]).shape[0]
+    assert_additive_laws(update, scaling * lokr_reference(update), data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), sizes, sizes, sizes, kernels, st.booleans(), st.none() | st.floats(-9, 9), dtypes)
+def test_loha_laws(
+    data: st.DataObject, o: int, i: int, r: int, k: list[int], core: bool, alpha: float | None, dtype: str
+) -> None:
+    """Section 3.3, flattened and around cores."""
+    kernel = tuple(k)
+    flat = replace(loha(o, i * math.prod(kernel), r), w2_a=normal(o, r, dtype=dtype))
+    made = tucker_loha(o, i, r, *kernel) if core and kernel else flat
+    update = replace(made, alpha=alpha).sized((o, i, *kernel))
+    assert isinstance(update, LoHa)
+    if made.t1 is None or made.t2 is None:
+        one, other = wide(update.w1_a) @ wide(update.w1_b), wide(update.w2_a) @ wide(update.w2_b)
+    else:
+        pairs = ((update.w1_a, update.w1_b, made.t1), (update.w2_a, update.w2_b, made.t2))
+        one, other = (np.einsum("ij...,ip,jr->pr...", wide(t), wide(x), wide(y)) for x, y, t in pairs)
+    scaling = 1.0 if alpha is None else alpha / r
+    assert_additive_laws(update, (scaling * one * other).reshape(update.shape), data)
