@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import loratool
+from loratool.adapter import Adapter, Metadata
 from loratool.errors import FormatError, MatchError, NumericError
 from loratool.kinds import built, stored
 from loratool.kinds.experts import Experts
@@ -184,3 +187,12 @@ def test_torch_gives_the_same(update: Update) -> None:
         prepared.scan([(0, 3, flat[:3]), (3, len(base), flat[3:])])
     found = np.concatenate([np.asarray(prepared.delta(a, b, flat[a:b])) for a, b in ((0, 3), (3, len(base)))])
     np.testing.assert_allclose(found.reshape(base.shape), update.apply(base) - base, atol=2e-5)
+
+
+def test_raw_carries_them(tmp_path: Path) -> None:
+    updates = {"m.experts.up_proj": experts(), "embed_tokens": tokens(), "q": kasa(), "p": experts(order="shape")}
+    whole = Adapter(updates, {}, Metadata("sample", config={"trainable_token_indices": [6, 0, 2]}))
+    loratool.write(whole, tmp_path / "x.safetensors", format="raw")
+    again = loratool.read(tmp_path / "x.safetensors")
+    for name, update in updates.items():
+        assert_same(again.updates[name], update, name)
