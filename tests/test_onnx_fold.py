@@ -330,6 +330,23 @@ def test_a_transposed_table_is_copied_for_the_head(tmp_path: Path) -> None:  # t
     np.testing.assert_allclose(run(both, ids)[0], wanted, atol=1e-5)
 
 
+def test_a_transposed_head_lends_its_weight_to_the_table(tmp_path: Path) -> None:  # trap 9
+    """The genai builder keeps the head [in,vocab] only; the table is its Transpose."""
+    table = values(9, 5)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["ids"], to=TensorProto.INT64),
+        helper.make_node("Transpose", ["lm_head.MatMul.weight"], ["table"], perm=[1, 0]),
+        helper.make_node("Gather", ["table", "ids"], ["h"], "/model/embed_tokens/Gather"),
+        helper.make_node("MatMul", ["h", "lm_head.MatMul.weight"], ["y"], "/lm_head/MatMul"),
+    ]
+    base = graph_of(tmp_path / "g.onnx", nodes, {"lm_head.MatMul.weight": np.ascontiguousarray(table.T)}, width=4)
+    update = LowRank(normal(2, 5), normal(9, 2, seed=1), layer="embedding")
+    ids = {"x": np.array([[1, 8, 3, 0]], np.float32)}
+    out = folded(base, adapter(update, "model.embed_tokens"))
+    wanted = (table + update.delta())[[[1, 8, 3, 0]]] @ table.T
+    np.testing.assert_allclose(run(out, ids)[0], wanted, atol=1e-5)
+
+
 def test_branches_of_an_if_are_one_module(tmp_path: Path) -> None:  # trap 14
     """optimum's merged decoders: both branches take the same weight of the main graph. It changes once."""
     branches = {}

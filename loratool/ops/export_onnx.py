@@ -83,7 +83,8 @@ class Export:
     @property
     def inputs(self) -> dict[str, Path]:
         """Files whose sha256 goes into the provenance."""
-        found = {f"base/{path.name}": path for path in self.graph.files}
+        folder = self.graph.path.parent
+        found = {f"base/{path.relative_to(folder).as_posix()}": path for path in self.graph.files}
         for number, adapter in enumerate(self.adapters, 1):
             found.update({f"adapter{number}/{path.name}": path for path in adapter.metadata.weights})
         return found
