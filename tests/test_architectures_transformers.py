@@ -6,8 +6,8 @@ import pytest
 
 from loratool.architectures import TRANSFORMERS, architecture, identify, identify_checkpoint, identify_names
 from loratool.architectures.base import Segment, Shape, flat
-from loratool.architectures.rows import Size
-from loratool.architectures.transformer import Transformer, spelled
+from loratool.architectures.rows import Size, expanded, table
+from loratool.architectures.transformer import Transformer, spelled, transformer
 
 WORLDS = ("kohya", "comfy", "native", "diffusers")
 every = pytest.mark.parametrize("known", TRANSFORMERS, ids=lambda known: known.name)
@@ -324,3 +324,187 @@ def test_adapters_are_identified(known: Transformer, world: str) -> None:
         attention = {name: shape for name, shape in modules.items() if "attn" in name or "attention" in name}
         if attention and known.name not in ("chroma", "flux2", "sana"):  # these share theirs with another family
             assert identify(attention) is known, size.name
+
+
+# --- spellings -----------------------------------------------------------------------------------------
+
+QKV = "transformer.transformer_blocks.3.attn.to_q"
+FC1 = "text_model.encoder.layers.0.mlp.fc1"
+SPELLINGS = [  # (architecture, name in a file, shape, what it means)
+    ("flux", "lora_unet_double_blocks_3_img_attn_qkv", (9, 3), QKV),
+    ("flux", "lora_unet_double_blocks_3_img_attn_qkv_", (9, 3), QKV),  # trap 33
+    ("flux", "lora_unet__double_blocks_3_img_attn_qkv", (9, 3), QKV),  # trap 34
+    ("flux", "lora_unet_diffusion_model_double_blocks_3_img_attn_qkv", (9, 3), QKV),
+    ("flux", "oft_unet_double_blocks_3_img_attn_qkv", (9, 3), QKV),
+    ("flux", "lora_transformer_transformer_blocks_3_attn_to_q", (3, 3), QKV),  # OneTrainer
+    ("flux", "lycoris_transformer_blocks_3_attn_to_q", (3, 3), QKV),
+    ("flux", "diffusion_model.double_blocks.3.img_attn.qkv", (9, 3), QKV),
+    ("flux", "diffusion_model.diffusion_model.double_blocks.3.img_attn.qkv", (9, 3), QKV),  # trap 35
+    ("flux", "transformer.transformer.transformer_blocks.3.attn.to_q", (3, 3), QKV),  # trap 35
+    ("flux", "base_model.model.double_blocks.3.img_attn.qkv", (9, 3), QKV),
+    ("flux", "base_model.model.base_model.model.double_blocks.3.img_attn.qkv", (9, 3), QKV),  # trap 35
+    ("flux", "transformer.double_blocks.3.img_attn.qkv", (9, 3), QKV),  # trap 14
+    ("flux", "double_blocks.3.img_attn.qkv", (9, 3), QKV),
+    ("flux", "transformer_blocks.3.attn.to_q", (3, 3), QKV),
+    ("flux2", "sformer_blocks.3.attn.to_q", (3, 3), QKV),
+    ("wan", "lora_unet__blocks_0_cross_attn_o", (3, 3), "transformer.blocks.0.attn2.to_out.0"),  # trap 34
+    ("wan", "transformer_2.blocks.0.attn1.to_q", (3, 3), "transformer_2.blocks.0.attn1.to_q"),
+    ("wan", "diffusion_model.blocks.0.norm3", (3,), "transformer.blocks.0.norm2"),
+    ("hunyuan-video", "lora_unet_double_blocks_0_img_mlp_0", (8, 2), "transformer.transformer_blocks.0.ff.net.0.proj"),
+    ("hunyuan-video", "double_blocks.0.img_mlp.fc1", (8, 2), "transformer.transformer_blocks.0.ff.net.0.proj"),
+    (
+        "hunyuan-video",
+        "double_blocks.0.img_mod.lin",
+        (12, 2),
+        "transformer.transformer_blocks.0.norm1.linear",
+    ),  # trap 58
+    ("hunyuan-image-2.1", "double_blocks.0.img_attn_q", (2, 2), "transformer.transformer_blocks.0.attn.to_q"),
+    ("z-image", "lora_unet_layers_0_attention_to_out_0", (3, 3), "transformer.layers.0.attention.to_out.0"),
+    ("z-image", "diffusion_model.layers.0.attention.qkv", (9, 3), "transformer.layers.0.attention.to_q"),
+    ("anima", "net.blocks.0.mlp.layer1", (8, 2), "transformer.transformer_blocks.0.ff.net.0.proj"),
+    (
+        "flux",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        (8, 2),
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    ),
+    ("flux", "text_encoder.encoder.layers.0.mlp.fc1", (8, 2), "text_encoder.text_model.encoder.layers.0.mlp.fc1"),
+    ("flux", "clip_l.transformer.text_model.final_layer_norm", (2,), "text_encoder.text_model.final_layer_norm"),
+    (
+        "sd3",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+        (8, 2),
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
+    ),
+    ("lumina2", "lora_te_layers_0_self_attn_q_proj", (2, 2), "text_encoder.layers.0.self_attn.q_proj"),
+    ("lumina2", "text_encoders.gemma2_2b.transformer.model.norm", (2,), "text_encoder.norm"),
+    ("qwen-image", "text_encoder.language_model.norm", (2,), "text_encoder.model.norm"),
+]
+
+
+@pytest.mark.parametrize(("name", "spelling", "shape", "reference"), SPELLINGS)
+def test_known_spellings_are_read(name: str, spelling: str, shape: Shape, reference: str) -> None:
+    pieces = get(name).pieces(spelling, shape)
+    assert pieces and pieces[0].reference == reference
+    assert (get(name).resolve(spelling) == reference) == (len(pieces) == 1)
+
+
+@pytest.mark.parametrize("prefix", ["lora_te2_", "lora_te3_", "text_encoder_2.", "text_encoders.t5xxl.transformer."])
+def test_the_t5_of_flux_is_known_by_its_leaves(prefix: str) -> None:
+    """diffusion trap 28: sd-scripts numbers it 3, OneTrainer 2."""
+    name = "encoder.block.0.layer.0.SelfAttention.q"
+    spelling = prefix + (flat(name) if prefix.startswith("lora") else name)
+    assert get("flux").resolve(spelling) == f"text_encoder_2.{name}"
+    assert get("flux").stored(f"text_encoder_2.{name}").name == f"lora_te3_{flat(name)}"
+    assert get("chroma").resolve(f"lora_te1_{flat(name)}") == f"text_encoder.{name}"
+    assert get("sd3").resolve(f"lora_te3_{flat(name)}") == f"text_encoder_3.{name}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "lora_unet_",
+        "diffusion_model.",
+        "lora_unet_double_blocks_x_img_attn_qkv",
+        "lora_unet_double_blocks_007_img_attn_qkv",
+        "lora_unet_double_blocks_" + "9" * 5000 + "_img_attn_qkv",
+        "lora_unet_double_blocks_٣_img_attn_qkv",
+        "lora_unet_double_blocks_3_img_mlp_1",
+        "lora_unet_double_blocks_3",
+        "lora_te1_double_blocks_3_img_attn_qkv",
+        "unet." * 100_000,
+        "base_model.model." * 8 + "double_blocks.3.img_attn.qkv",
+        "first_stage_model.double_blocks.3.img_attn.qkv",
+        "model.layers.0.self_attn.q_proj",
+    ],
+)
+def test_other_names_mean_nothing(name: str) -> None:
+    assert get("flux").pieces(name, (9, 3)) == ()
+    assert get("flux").resolve(name) is None and not get("flux").knows(name)
+
+
+def test_language_models_are_no_diffusion_models() -> None:
+    """Names of the original Llama and Mistral share some with Lumina's."""
+    llama = {
+        f"layers.{n}.{leaf}": (64, 64) for n in range(4) for leaf in ("attention.wq", "attention.wo", "feed_forward.w1")
+    }
+    peft = {f"base_model.model.model.layers.{n}.self_attn.q_proj": (64, 64) for n in range(4)}
+    gpt2 = {f"transformer.h.{n}.attn.c_attn": (64, 64) for n in range(4)}
+    for modules in (llama, peft, gpt2, {}):
+        assert identify(modules) is None and identify_names(modules) is None
+        assert identify_checkpoint({f"{name}.weight": shape for name, shape in modules.items()}) is None
+
+
+# --- rows ----------------------------------------------------------------------------------------------
+
+
+def rows(name: str, module: str, shape: Shape) -> list[tuple[tuple[int, int], ...]]:
+    return [piece.rows for piece in get(name).pieces(module, shape)]
+
+
+def test_rows_of_fused_modules() -> None:
+    """Widths come from the stored shape: thirds, what is as high as wide and the rest, or the usual proportions."""
+    assert rows("flux", "double_blocks.0.img_attn.qkv", (12, 9)) == [((0, 4),), ((4, 8),), ((8, 12),)]
+    linear1 = [((0, 3),), ((3, 6),), ((6, 9),), ((9, 29),)]
+    assert rows("flux", "single_blocks.0.linear1", (29, 3)) == linear1  # another mlp ratio
+    assert rows("flux", "single_blocks.0.linear1", (14,)) == [((0, 2),), ((2, 4),), ((4, 6),), ((6, 14),)]
+    assert rows("lumina2", "layers.0.attention.qkv", (3840, 2304)) == [((0, 2304),), ((2304, 3072),), ((3072, 3840),)]
+    assert rows("lumina2", "layers.0.attention.qkv", (10, 6)) == [((0, 6),), ((6, 8),), ((8, 10),)]  # trap 59
+    assert rows("pixart", "blocks.0.cross_attn.kv_linear", (8, 4)) == [((0, 4),), ((4, 8),)]
+    assert rows("flux2", "single_blocks.0.linear1", (27, 3)) == [((0, 27),)]  # fused in diffusers too
+    assert rows("flux", "double_blocks.0.img_attn.qkv", (10, 9)) == []  # no thirds
+    assert rows("flux", "single_blocks.0.linear1", (13,)) == []
+
+
+def test_halves_are_swapped_where_the_original_has_shift_before_scale() -> None:
+    """diffusion trap 11, and the context of the last block of SD3, whose modulation has two chunks."""
+    for name in ("sd3", "flux", "flux2", "hunyuan-video", "hunyuan-image-2.1"):
+        assert rows(name, "final_layer.adaLN_modulation.1", (6, 3)) == [((3, 6), (0, 3))]
+    assert rows("auraflow", "modF.1", (6, 3)) == [((3, 6), (0, 3))]
+    context = "joint_blocks.7.context_block.adaLN_modulation.1"
+    assert rows("sd3", context, (6, 3)) == [((3, 6), (0, 3))]
+    assert rows("sd3", context, (18, 3)) == [((0, 18),)]
+    assert rows("flux", "transformer.norm_out.linear", (6, 3)) == [((0, 6),)]  # diffusers' own order
+    assert rows("flux", "final_layer.adaLN_modulation.1", (7, 3)) == []
+
+
+def test_heights_of_what_an_adapter_lacks() -> None:
+    """q and v alone: the rows of k are as many; an mlp alone tells those of q by its inputs, or by proportion."""
+    place = get("lumina2").stored("transformer.layers.0.attn.to_k")
+    assert place is not None and [s.reference.rpartition("_")[2] for s in place.segments] == ["q", "k", "v"]
+    assert place.heights([(6, 6), None, (2, 6)]) == (6, 2, 2)
+    assert place.heights([None, None, (2, 6)]) == (6, 2, 2)
+    assert place.heights([None, (768,), None]) == (2304, 768, 768)
+    single = get("flux").stored("transformer.single_transformer_blocks.0.proj_mlp")
+    assert single is not None and single.heights([None, None, None, (8, 2)]) == (2, 2, 2, 8)
+    assert single.heights([None] * 4) is None
+    final = get("flux").stored("transformer.norm_out.linear", "comfy")
+    assert final is not None and final.heights([(6, 3), (6, 3)]) == (3, 3)
+
+
+# --- tables --------------------------------------------------------------------------------------------
+
+
+def test_a_table_that_means_two_things_by_one_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="'a' is both"):
+        table("a b hxh\na c hxh").read  # noqa: B018
+    assert table("a.#b.x b.#b.x 6hxh\na.#b.x ~b.#b.x 2hxh").read  # told apart by their proportions
+
+
+@pytest.mark.parametrize("text", ["a b", "a b c d e", "{a,b} {c,d,e} hxh", "a {b,c} hxh,hxh,hxh"])
+def test_what_is_no_table_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"columns|go together"):
+        table(text).lines  # noqa: B018
+
+
+def test_braces_are_alternatives() -> None:
+    assert expanded("a{1,2}.{x,y}") == ["a1.x", "a1.y", "a2.x", "a2.y"]
+    assert expanded("plain") == ["plain"]
+
+
+def test_tables_are_read_when_they_are_first_asked_for() -> None:
+    broken = transformer("x", "X", table("no table"), (Size("x", {}),))
+    assert broken.name == "x"
+    with pytest.raises(ValueError, match="columns"):
+        broken.modules()

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from loratool.architectures.base import Ranges, Shape, flat
 
 _INDEX = re.compile(r"#[a-z]?")
-_NUMBER = re.compile(r"(?<![^_])\d+(?![^_])")
+_NUMBER = re.compile(r"(?<![^_])(?:0|[1-9][0-9]{0,8})(?![^_])")  # as they are written: 007 is no 7
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _AXIS = re.compile(r"(\d*)([a-wyz]?)$")
 
@@ -216,7 +216,7 @@ def pattern(template: str) -> tuple[str, tuple[int | None, ...]]:
     """The skeleton of a template, and its numbers, None for those of blocks."""
     blank = "\0"
     body = flat(_INDEX.sub(blank, template))
-    marks = re.findall(rf"(?<![^_])(?:\d+|{blank})(?![^_])", body)
+    marks = re.findall(rf"(?<![^_])(?:[0-9]+|{blank})(?![^_])", body)
     return _NUMBER.sub("#", body).replace(blank, "#"), tuple(None if mark == blank else int(mark) for mark in marks)
 
 

@@ -57,6 +57,10 @@ FLAT = (
     ("lora_te4_", "te4"),
 )
 _AGAIN = ("model_diffusion_model_", "diffusion_model_", "unet_")  # prefixes that stand twice in published files
+_DEPTH = 6  # so many prefixes may stand before a name
+# text encoders by their names in ComfyUI
+_ENCODERS = frozenset(("clip_l", "clip_g", "clip_h", "t5xxl", "umt5xxl", "llama", "gemma2_2b", "mistral3_24b"))
+_ENCODERS |= frozenset(("qwen25_7b", "qwen3_06b", "qwen3_4b", "qwen3_8b"))
 
 
 class Spelled(NamedTuple):
@@ -71,19 +75,25 @@ class Spelled(NamedTuple):
 def spelled(name: str) -> Spelled:
     """``name`` taken apart; without a known prefix it speaks of the main model."""
     role, body = "", name
+    head, inside, tail = name.removeprefix("text_encoders.").partition(".transformer.")
     flattened = next(((r, name[len(p) :]) for p, r in FLAT if name.startswith(p)), None)
     if flattened:
-        role, body = flattened[0], flattened[1].strip("_")
-        while again := next((p for p in _AGAIN if body.startswith(p)), ""):
-            body = body[len(again) :]
-    elif name.startswith("text_encoders.") and ".transformer." in name:
-        role, _, body = name.removeprefix("text_encoders.").partition(".transformer.")
+        role, body = flattened[0], _without(flattened[1].strip("_"), _AGAIN)
+    elif inside and head in _ENCODERS:
+        role, body = head, tail
     else:
-        while found := next(((p, r) for p, r in DOTTED if body.startswith(p)), None):
-            role, body = found[1] or role, body[len(found[0]) :]
+        for _ in range(_DEPTH):
+            prefix, found = next(((p, r) for p, r in DOTTED if body.startswith(p)), ("", ""))
+            role, body = found or role, body[len(prefix) :]
     if body.startswith("sformer_blocks"):  # seen in published files: a prefix was cut off too long
         body = f"tran{body}"
     return Spelled(role or MAIN, skeleton(flat(body).strip("_")), bool(role))
+
+
+def _without(body: str, prefixes: tuple[str, ...]) -> str:
+    for _ in range(_DEPTH):
+        body = next((body[len(prefix) :] for prefix in prefixes if body.startswith(prefix)), body)
+    return body
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +114,10 @@ class Encoder:
 
     def find(self, body: tuple[str, Numbers], shape: Shape) -> Hit | None:
         """What a flattened body means."""
-        if found := self.table.find(body, shape):
-            return found
-        for level in map(flat, self.levels):
-            other = body[0].removeprefix(level) if body[0].startswith(level) else level + body[0]
-            if found := self.table.find((other, body[1]), shape):
-                return found
-        return None
+        levels = sorted(map(flat, self.levels), key=len, reverse=True)
+        bare = body[0].removeprefix(next((level for level in levels if body[0].startswith(level)), ""))
+        names = (body[0], bare, *(level + bare for level in levels))
+        return next((hit for name in names if (hit := self.table.find((name, body[1]), shape))), None)
 
 
 class _Found(NamedTuple):

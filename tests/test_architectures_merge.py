@@ -1,0 +1,114 @@
+"""Adapters in diffusers' names, merged into single files of the original repositories: each row is where it belongs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import loratool
+from loratool.architectures import TRANSFORMERS
+from loratool.architectures.base import Shape
+from loratool.architectures.rows import Size
+from loratool.architectures.transformer import Transformer
+from loratool.tensors import Tensor, read_safetensors, write_safetensors
+from tests.test_architectures_converters import single_file
+from tests.test_architectures_transformers import few
+
+every = pytest.mark.parametrize("known", TRANSFORMERS, ids=lambda known: known.name)
+
+
+def narrow(known: Transformer, depth: int = 2) -> Size:
+    """The first size, with small widths that all differ, and few blocks."""
+    first = known.sizes[0]
+    widths = {letter: 6 + 2 * n for n, letter in enumerate(first.widths)}
+    return few(Size("narrow", widths, first.blocks, first.features), depth)
+
+
+def write_base(path: Path, known: Transformer, size: Size, prefix: str) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    shapes = single_file(known, size) | {"first_stage_model.decoder.conv_in.weight": (3, 2)}
+    values = {
+        (name if "stage" in name else prefix + name): rng.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    write_safetensors(path, {name: Tensor.of(value) for name, value in values.items()}, {})
+    return values
+
+
+def write_adapter(path: Path, shapes: dict[str, Shape]) -> dict[str, np.ndarray]:
+    """A LoRA of rank 2 on everything that is a matrix or a convolution; its deltas in float64."""
+    rng, tensors, deltas = np.random.default_rng(2), {}, {}
+    for name, (out, *rest) in shapes.items():
+        if not rest:
+            continue
+        down = rng.standard_normal((2, *rest)).astype(np.float32)
+        up = rng.standard_normal((out, 2, *(1 for _ in rest[1:]))).astype(np.float32)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = Tensor.of(down), Tensor.of(up)
+        product = up.reshape(out, 2).astype(np.float64) @ down.reshape(2, -1).astype(np.float64)
+        deltas[name] = product.reshape(out, *rest)
+    write_safetensors(path, tensors, {})
+    return deltas
+
+
+@every
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+def test_every_module_lands_in_its_rows_of_a_single_file(known: Transformer, prefix: str, tmp_path: Path) -> None:
+    """Fused projections and swapped halves (diffusion traps 11, 59); every other tensor keeps its bytes."""
+    size = narrow(known)
+    shapes = {n: s for n, s in known.shapes(size).items() if n.startswith("transformer.")}
+    before = write_base(tmp_path / "base.safetensors", known, size, prefix)
+    deltas = write_adapter(tmp_path / "lora.safetensors", shapes)
+    report = loratool.merge(
+        tmp_path / "base.safetensors", tmp_path / "lora.safetensors", out=tmp_path / "out.safetensors", strengths=[0.5]
+    )
+    assert report.modules == len(deltas)
+    expected = {name: value.astype(np.float64) for name, value in before.items()}
+    touched = set()
+    for hit in known.table.modules(size):
+        top, name = 0, f"{prefix}{hit.native}.{hit.line.parameter}"
+        for reference, part in zip(hit.references, hit.line.parts, strict=True):
+            rows = part.axes[0].of(size.widths)
+            if (delta := deltas.get(f"transformer.{reference}")) is None:
+                continue
+            own = np.roll(delta, rows // 2, axis=0) if hit.line.swapped else delta
+            expected[name][top : top + rows] += 0.5 * own
+            touched.add(name)
+            top += rows
+    after = read_safetensors(tmp_path / "out.safetensors").tensors
+    assert list(after) == list(read_safetensors(tmp_path / "base.safetensors").tensors)
+    for name, tensor in after.items():
+        if name in touched:
+            np.testing.assert_allclose(tensor.array(), expected[name], rtol=0, atol=1e-5, err_msg=name)
+        else:
+            assert tensor.array().tobytes() == before[name].tobytes(), name
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "lumina2", "mochi"])
+def test_what_is_extracted_from_single_files_gives_the_tuned_one(name: str, tmp_path: Path) -> None:
+    """Differences of fused weights are extracted by module, under reference names, and merged again."""
+    known = next(known for known in TRANSFORMERS if known.name == name)
+    size = narrow(known)
+    before = write_base(tmp_path / "base.safetensors", known, size, "")
+    rng = np.random.default_rng(3)
+    tuned = {
+        key: value + rng.standard_normal(value.shape).astype(np.float32) if value.ndim > 1 else value
+        for key, value in before.items()
+    }
+    write_safetensors(tmp_path / "tuned.safetensors", {k: Tensor.of(v) for k, v in tuned.items()}, {})
+    paths = [tmp_path / name for name in ("base.safetensors", "tuned.safetensors")]
+    loratool.extract(*paths, out=tmp_path / "lora.safetensors", rank=64, to="raw")
+    adapter = loratool.read(tmp_path / "lora.safetensors")
+    found = {n for n in adapter.updates if n.startswith("transformer.")}
+    assert found == {n for n, s in known.shapes(size).items() if n.startswith("transformer.") and worth(s)}
+    loratool.merge(paths[0], tmp_path / "lora.safetensors", out=tmp_path / "out.safetensors")
+    merged = read_safetensors(tmp_path / "out.safetensors").tensors
+    for key, value in tuned.items():
+        np.testing.assert_allclose(merged[key].array(), value, rtol=0, atol=1e-4, err_msg=key)
+
+
+def worth(shape: Shape) -> bool:
+    """Whether factors of rank 1 are smaller than the matrix; others are carried whole."""
+    rest = int(np.prod(shape[1:]))
+    return len(shape) > 1 and shape[0] > 1 and rest > 1 and shape[0] + rest < shape[0] * rest
