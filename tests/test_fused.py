@@ -12,7 +12,7 @@ import loratool
 from loratool import kinds
 from loratool.adapter import Adapter, Metadata
 from loratool.errors import FormatError
-from loratool.tensors import Tensor
+from loratool.tensors import Tensor, write_safetensors
 from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Replace, Rows, Stacked, Sum, Update, rows, stack
 
 rng = np.random.default_rng(7)
@@ -146,3 +146,27 @@ def test_raw_carries_updates_of_every_kind(name: str, tmp_path: Path) -> None:
 def test_words_that_are_no_update_are_refused(words: dict[str, object]) -> None:
     with pytest.raises(FormatError):
         kinds.built(words)
+
+
+def test_a_projection_that_the_file_holds_fused_is_one_module(tmp_path: Path) -> None:
+    path = tmp_path / "flux.safetensors"
+    stored = {
+        f"lora_unet_{place}.{slot}": tensor
+        for place, out in (("double_blocks_0_img_attn_qkv", 9216), ("double_blocks_1_img_attn_proj", 3072))
+        for slot, tensor in (
+            ("lora_down.weight", tensor_of(2, 3072)),
+            ("lora_up.weight", tensor_of(out, 2)),
+            ("alpha", Tensor.of(np.float32(1))),
+        )
+    }
+    write_safetensors(path, stored, {})
+    assert len(loratool.read(path).updates) == 4
+    found = loratool.inspect(path)
+    assert found.modules == 2 and found.ranks == {"2": 2} and found.dtypes == {"BF16": 4}
+    assert found.parameters == sum(t.size for name, t in stored.items() if "alpha" not in name)
+    shapes = {target.module: target.shape for target in found.targets}
+    assert shapes["lora_unet_double_blocks_0_img_attn_qkv"] == (9216, 3072)
+
+
+def tensor_of(*shape: int) -> Tensor:
+    return Tensor.of(np.zeros(shape, np.float32), "BF16")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter
-from loratool.update import LowRank, Sum, Update
+from loratool.update import LowRank, Sum, Update, stack
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Inspection:
 
 def inspect(adapter: Adapter, norms: bool = False) -> Inspection:
     """Describe ``adapter``; with ``norms`` the Frobenius norm of each additive update, which reads the factors."""
+    adapter = as_stored(adapter)
     modules = adapter.modules()
     tensors = [t for u in adapter.updates.values() for t in u.slots.values()]
     tensors += adapter.carried.values()
@@ -67,6 +68,22 @@ def inspect(adapter: Adapter, norms: bool = False) -> Inspection:
         warnings=tuple(dict.fromkeys((*adapter.metadata.warnings, *odd(adapter)))),
         config=dict(adapter.metadata.config),
     )
+
+
+def as_stored(adapter: Adapter) -> Adapter:
+    """The adapter with projections that its file holds fused as one module again, by the file's own name."""
+    groups: dict[str, list[str]] = {}
+    for name in adapter.updates:
+        groups.setdefault(adapter.spelling(name), []).append(name)
+    updates: dict[str, Update] = {}
+    for spelling, names in groups.items():
+        parts = [adapter.updates[name] for name in names]
+        whole = stack(parts, [part.shape[0] for part in parts]) if len(parts) > 1 else None
+        if whole is None:
+            updates.update(zip(names, parts, strict=True))
+        else:
+            updates[spelling] = whole
+    return replace(adapter, updates=updates)
 
 
 def _target(adapter: Adapter, name: str, update: Update, norms: bool) -> Target:
