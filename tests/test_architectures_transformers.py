@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loratool.architectures import TRANSFORMERS, architecture, identify, identify_checkpoint, identify_names
+from loratool.architectures import TRANSFORMERS, architecture, identify, identify_checkpoint, identify_names, told
 from loratool.architectures.base import Segment, Shape, flat
 from loratool.architectures.rows import Size, expanded, table
 from loratool.architectures.transformer import Transformer, spelled, transformer
@@ -434,6 +434,34 @@ def test_language_models_are_no_diffusion_models() -> None:
     for modules in (llama, peft, gpt2, {}):
         assert identify(modules) is None and identify_names(modules) is None
         assert identify_checkpoint({f"{name}.weight": shape for name, shape in modules.items()}) is None
+
+
+def test_metadata_decides_where_names_and_shapes_do_not() -> None:
+    blocks = {f"lora_unet_double_blocks_{n}_img_attn_qkv": (9216, 3072) for n in range(5)}
+    found = {hint: identify(blocks, hint) for hint in (None, "chroma", "flux2", "sd3", "nonsense")}
+    names = {hint: known.name for hint, known in found.items() if known}
+    assert names == {None: "flux2", "chroma": "chroma", "flux2": "flux2", "sd3": "flux2", "nonsense": "flux2"}
+    t5 = {"lora_te3_encoder_block_0_layer_0_SelfAttention_q": (4096, 4096)}
+    assert identify(t5) is None
+    assert identify(t5, "sd3") is get("sd3") and identify(t5, "flux") is get("flux")
+    assert identify(t5, "wan") is None
+
+
+@pytest.mark.parametrize(
+    ("strings", "name"),
+    [
+        ({"ss_base_model_version": "flux1"}, "flux"),
+        ({"ss_base_model_version": "chroma"}, "chroma"),
+        ({"ss_base_model_version": "hunyuan-image-2.1"}, "hunyuan-image-2.1"),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, "flux"),
+        ({"modelspec.architecture": "stable-diffusion-3-m/lora"}, "sd3"),
+        ({"ss_base_model_version": "None", "modelspec.architecture": "lumina-2/lora"}, "lumina2"),
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, None),
+        ({}, None),
+    ],
+)
+def test_what_metadata_tells(strings: dict[str, str], name: str | None) -> None:
+    assert told(strings) == name
 
 
 # --- rows ----------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ __all__ = [
     "identify_checkpoint",
     "identify_names",
     "targets",
+    "told",
     "unflatten",
 ]
 
@@ -62,6 +63,29 @@ TRANSFORMERS: tuple[Transformer, ...] = (
 )
 ARCHITECTURES: tuple[Architecture, ...] = (*UNETS, *TRANSFORMERS)
 
+# how metadata calls them, the longer beginnings first
+_TOLD = (
+    ("flux-2", "flux2"),
+    ("flux2", "flux2"),
+    ("flux", "flux"),
+    ("chroma", "chroma"),
+    ("sd3", "sd3"),
+    ("stable-diffusion-3", "sd3"),
+    ("lumina", "lumina2"),
+    ("hunyuan-image", "hunyuan-image-2.1"),
+    ("hunyuan-video-1.5", "hunyuan-video-1.5"),
+    ("hunyuan", "hunyuan-video"),
+    ("framepack", "hunyuan-video"),
+    ("wan", "wan"),
+    ("qwen", "qwen-image"),
+    ("z-image", "z-image"),
+    ("zimage", "z-image"),
+    ("anima", "anima"),
+    ("hidream", "hidream"),
+    ("ltx2", "ltx2"),
+    ("ltx-2", "ltx2"),
+    ("ltx", "ltx"),
+)
 _OTHERS = ("first_stage_model.", "vae.", "model_ema.", "cond_stage_model.", "conditioner.", "text_encoders.")
 
 
@@ -70,23 +94,41 @@ def architecture(name: str) -> Architecture | None:
     return next((known for known in ARCHITECTURES if known.name == name), None)
 
 
-def identify(modules: Mapping[str, Shape]) -> Architecture | None:
+def identify(modules: Mapping[str, Shape], hint: str | None = None) -> Architecture | None:
     """The architecture that an adapter is for, or None if it is for none that is known.
 
     ``modules`` are raw module names, in any spelling that ``Architecture.pieces`` reads, with the shapes
-    (out, in, ...) of their updates; ``()`` where a shape is not known.
+    (out, in, ...) of their updates; ``()`` where a shape is not known. ``hint`` (see `told`) decides between families
+    that know as many of the names, and what a text encoder alone is for.
     """
-    return _transformer(modules, 0.75) or _unet(modules)
+    found = _transformer(modules, 0.75, hint)
+    if found is None and isinstance(hinted := architecture(hint or ""), Transformer) and modules:
+        found = hinted if all(map(hinted.knows, modules)) else None
+    return found or _unet(modules)
 
 
-def _transformer(modules: Mapping[str, Shape], share: float) -> Transformer | None:
+def told(strings: Mapping[str, str]) -> str | None:
+    """The name of the architecture that the metadata of kohya's trainers and their kin tells, or None."""
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        words = strings.get(key, "").lower().replace("_", "-")
+        name = next((name for start, name in _TOLD if words.startswith(start)), None)
+        if name:
+            return name
+    return None
+
+
+def _transformer(modules: Mapping[str, Shape], share: float, hint: str | None = None) -> Transformer | None:
     """The diffusion transformer whose names most of these are, at least that share of them; then whose shapes."""
     bodies = {name.body[0] for name in map(spelled, modules) if name.role in MAINS}
     counts = {known: known.known(modules) for known in TRANSFORMERS if not bodies.isdisjoint(known.table.read)}
     most = max(counts.values(), default=0)
     if not most or most < share * len(modules):
         return None
-    return max((known for known in counts if counts[known] == most), key=lambda known: known.evidence(modules))
+    best = {known.name: known for known in counts if counts[known] == most}
+    if hint in best:
+        return best[hint]
+    found = max(best.values(), key=lambda known: known.evidence(modules))
+    return found if found.evidence(modules).main else None
 
 
 def _unet(modules: Mapping[str, Shape]) -> Architecture | None:
