@@ -112,3 +112,31 @@ def worth(shape: Shape) -> bool:
     """Whether factors of rank 1 are smaller than the matrix; others are carried whole."""
     rest = int(np.prod(shape[1:]))
     return len(shape) > 1 and shape[0] > 1 and rest > 1 and shape[0] + rest < shape[0] * rest
+
+
+def dora(path: Path, module: str, up: np.ndarray, down: np.ndarray, magnitude: np.ndarray) -> None:
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": magnitude}
+    write_safetensors(path, {f"lora_unet_{module}.{name}": Tensor.of(value) for name, value in tensors.items()}, {})
+
+
+def test_dora_of_a_half_swapped_modulation(tmp_path: Path) -> None:
+    """A magnitude for each output is swapped along; one for each input stands for norms over all rows: refused."""
+    known = next(known for known in TRANSFORMERS if known.name == "flux")
+    size = narrow(known)
+    values = write_base(tmp_path / "base.safetensors", known, size, "")
+    weight = values["final_layer.adaLN_modulation.1.weight"].astype(np.float64)
+    rng = np.random.default_rng(4)
+    up, down = (rng.standard_normal(s).astype(np.float32) for s in ((len(weight), 2), (2, weight.shape[1])))
+    magnitude = rng.random((len(weight), 1)).astype(np.float32) + 1
+    dora(tmp_path / "dora.safetensors", "norm_out_linear", up, down, magnitude)  # diffusers' order of the halves
+    loratool.merge(tmp_path / "base.safetensors", tmp_path / "dora.safetensors", out=tmp_path / "out.safetensors")
+    half = len(weight) // 2
+    turned = np.roll(weight, half, axis=0) + up.astype(np.float64) @ down
+    turned *= magnitude / np.linalg.norm(turned, axis=1, keepdims=True)
+    merged = read_safetensors(tmp_path / "out.safetensors").tensors["final_layer.adaLN_modulation.1.weight"].array()
+    np.testing.assert_allclose(merged, np.roll(turned, half, axis=0), rtol=0, atol=1e-5)
+    by_input = rng.random((1, weight.shape[1])).astype(np.float32) + 1
+    dora(tmp_path / "input.safetensors", "norm_out_linear", up, down, by_input)
+    with pytest.raises(loratool.LoratoolError, match=r"lora_unet_norm_out_linear -> final_layer\.adaLN_modulation\.1"):
+        loratool.merge(tmp_path / "base.safetensors", tmp_path / "input.safetensors", out=tmp_path / "no.safetensors")
+    assert not (tmp_path / "no.safetensors").exists()

@@ -183,7 +183,10 @@ def _parts(update: Update, slot: Slot, stored: Sequence[int], strength: float, m
     """
     done = 0
     for start, stop in slot.ranges(stored[0] if stored else 1):
-        piece = update if len(slot.pieces) == 1 else rows(update, done, done + stop - start)
+        try:
+            piece = update if len(slot.pieces) == 1 else rows(update, done, done + stop - start)
+        except FormatError as error:
+            raise FormatError(error.what, f"{module} -> {slot.tensor}", error.hint) from None
         yield Part(piece, strength, start, stop, module)
         done += stop - start
 
