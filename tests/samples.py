@@ -13,11 +13,13 @@ import numpy as np
 
 import loratool
 from loratool.adapter import Adapter, Metadata
+from loratool.kinds import based, composed, factored
 from loratool.kinds.glora import GLoRA
 from loratool.kinds.hadamard import LoHa
 from loratool.kinds.kronecker import LoKr
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
+from loratool.kinds.sparse import Sparse
 from loratool.tensors import Tensor, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Sum, Update
 
@@ -85,6 +87,7 @@ LYCORIS: Mapping[str, Update] = {
     "ia3": IA3(normal(7), weight=(7, 5)),
     "ia3_on_input": IA3(normal(1, 5, 1, 1), on_input=True, weight=(7, 5, 3, 2)),
     "ia3_transposed": IA3(normal(7, 1), centre=1.0, layer="transposed", weight=(5, 7)),
+    "sparse": Sparse(Tensor.of(np.array([[1, 6, 1], [2, 0, 4]])), normal(3), Tensor.of(np.array([7, 5])), 0.5),
     "glora": GLoRA(normal(5, 2), normal(2, 5), normal(7, 2), normal(2, 5, seed=1), alpha=3.0),
     "glora_old": GLoRA(normal(2, 5), normal(5, 2), normal(2, 5, seed=1), normal(7, 2), rank_stabilised=True),
     "glora_conv": GLoRA(normal(5, 2, 1, 1), normal(2, 5, 1, 1), normal(7, 2, 1, 1), normal(2, 5, 3, 2)),
@@ -99,8 +102,98 @@ LYCORIS: Mapping[str, Update] = {
     "peft_old_oft": PeftOldOFT(normal(2, 4, 4), magnitude(7, 1), weight=(7, 8)),
     "peft_boft": PeftBOFT(normal(2, 2, 4, 4), magnitude(7, 1), weight=(7, 8)),
 }
+
+
+def whole(*shape: int, limit: int, dtype: str = "I32") -> Tensor:
+    """Integers below ``limit``, all different where they fit."""
+    drawn = np.random.default_rng([limit, *shape]).permutation(limit)
+    return Tensor.of(np.resize(drawn, shape).astype(dtype.replace("I", "int").replace("U", "uint")))
+
+
+def tuners(o: int = 8, i: int = 12, r: int = 4) -> Mapping[str, Update]:
+    """One update of an [o,i] weight of every kind that is PEFT's alone."""
+    size, bank, theta = (o, i), normal(9, 4), normal(10)
+    sizes = {"size": size}
+    glora = {
+        "bias_scale": normal(o),
+        "bias_shift": normal(o, seed=1),
+        "column": Tensor.of(np.zeros((i, 1), np.float32)),
+    }
+    seeded = {"values": normal(11), "scale": 5.0, **sizes}
+    return {
+        "adalora": factored.AdaLora(down=normal(r, i), up=normal(o, r), singular=normal(r, 1), alpha=3.0, init_r=6),
+        "vera": factored.Vera(
+            scale_up=normal(o), scale_down=normal(r), up=normal(o + 2, r), down=normal(r, i + 1), **sizes
+        ),
+        "pvera": factored.Pvera(
+            scale_up=normal(o), scale_down=normal(2 * r), up=normal(o, r), down=normal(2 * r, i), **sizes
+        ),
+        "delora": factored.Delora(down=normal(r, i), up=normal(o, r), strength=normal(1), norm=magnitude(i)),
+        "vblora": factored.Mixtures(
+            logits_up=normal(o // 4, r, 9), logits_down=normal(r, i // 4, 9), bank=bank, topk=3
+        ),
+        "vblora_chosen": factored.ChosenMixtures(
+            index_up=whole(o // 4, r, 2, limit=9, dtype="U8"),
+            share_up=Tensor.of(np.full((o // 4, r, 1), 0.25, np.float32)),
+            index_down=whole(r, i // 4, 2, limit=9, dtype="U8"),
+            share_down=Tensor.of(np.full((r, i // 4, 1), 0.6, np.float32)),
+            bank=bank,
+        ),
+        "randlora": factored.RandLora(
+            scale=normal(3, 3), gamma=normal(3, o), down=normal(3, 1, o + 1), up=normal(i, 3, 3), alpha=2.0, **sizes
+        ),
+        "gralora": factored.Gralora(
+            down=normal(2, i // 2, 4),
+            up=normal(2, 4, o // 2),
+            hybrid_down=normal(1, i),
+            hybrid_up=normal(o, 1),
+            alpha=5.0,
+        ),
+        "miss": factored.Miss(block=normal(5, o), **sizes),
+        "miss_small": factored.Miss(block=normal(5, 4), small=True, layer="transposed", **sizes),
+        "unilora": factored.Unilora(
+            theta=theta,
+            index_down=whole(r, i, limit=10),
+            scale_down=normal(r, i),
+            index_up=whole(o, r, limit=10),
+            scale_up=normal(o, r),
+        ),
+        "tinylora": factored.Tinylora(theta=normal(3), projection=normal(3, r, r), down=normal(r, i), up=normal(o, r)),
+        "fourierft": composed.Fourier(**seeded),
+        "fourierft_transposed": composed.Fourier(**seeded, layer="transposed"),
+        "waveft": composed.Wavelet(**seeded),
+        "waveft_db3": composed.Wavelet(**seeded, family="db3"),
+        "waveft_transposed": composed.Wavelet(**seeded, family="db2", layer="transposed"),
+        "shira": composed.Shira(values=normal(7), index=whole(2, 7, limit=8), **sizes),
+        "supertuning": composed.Supertuning(
+            values=normal(7), index=whole(7, limit=96), down=normal(2, i), up=normal(o, 2), alpha=3.0
+        ),
+        "c3a": composed.Circulant(kernel=normal(2, 3, 4)),
+        "hra": based.Householder(vectors=normal(i, r), **sizes),
+        "hra_orthogonal": based.Householder(vectors=normal(i, r), orthogonal=True, **sizes),
+        "hira": based.Hira(LowRank(normal(r, i), normal(o, r))),
+        "hira_transposed": based.Hira(LowRank(normal(r, i), normal(o, r), layer="transposed")),
+        "miss_bat": based.BlockAffine(block=normal(2, 4, 4), **sizes),
+        "road": based.Road(theta=normal(o // 2), alphas=normal(o // 2, seed=1), group=4, **sizes),
+        "road_4": based.Road(theta=normal(2 * o), alphas=normal(2 * o, seed=1), variant=4, group=8, **sizes),
+        "peft_glora": based.Glora(scale=(normal(o, r), normal(r, i)), shift=(normal(o, 1),), **glora),
+        "deft": based.Injection(basis=normal(o, r), content=normal(r, i), scale=0.5),
+        "deft_transposed": based.Injection(basis=normal(o, r), content=normal(r, i), method="qr", layer="transposed"),
+        "osf": based.Subspace(up=normal(o, 3), values=magnitude(3), down=normal(3, i)),
+        "frod": based.Frod(
+            diagonal=magnitude(i),
+            values=normal(5),
+            basis=normal(i, i),
+            index=whole(2, 5, limit=i, dtype="I64"),
+            extent=Tensor.of(np.array([i, i])),
+            **sizes,
+        ),
+    }
+
+
 UPDATES: Mapping[str, Update] = {
     **LYCORIS,
+    **tuners(),
     "lora": low(),
     "lora_without_alpha": low(alpha=None),
     "lora_alpha_zero": low(alpha=0.0),

@@ -35,7 +35,7 @@ from loratool.kinds.based import (
     Road,
     Subspace,
 )
-from loratool.kinds.composed import Circulant, Fourier, Sparse, Supertuning, Wavelet
+from loratool.kinds.composed import Circulant, Fourier, Shira, Supertuning, Wavelet
 from loratool.kinds.factored import (
     AdaLora,
     Bone,
@@ -861,7 +861,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "SHIRA",
-        (Sparse,),
+        (Shira,),
         (("values", ".shira_weight"), ("index", ".shira_indices")),
         gain=("values",),
         told=_shira_told,
@@ -879,7 +879,7 @@ ROWS: tuple[Row, ...] = (
         gain=("values", "up"),
         settings=lambda words, slots, module: {"alpha": float(words.number("lora_alpha", 0)) if "up" in slots else 0.0},
         told=lambda updates: {
-            "r": only(updates, lambda u: u.rank),
+            "r": only(updates, lambda u: None if u.down is None else u.down.shape[0]),
             "lora_alpha": only(updates, lambda u: u.alpha) or None,
             "save_precomputed_indices": True,
             "sparsity": 1 - share({(u.values.size, math.prod(u.plain)) for u in updates.values()}),

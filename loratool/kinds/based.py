@@ -18,9 +18,15 @@ from loratool.kinds.factored import entries
 from loratool.kinds.truncated import smallest
 from loratool.kinds.tuner import Tuner, axes, chained, double
 from loratool.tensors import Array, Tensor
-from loratool.update import Dense, Layer, Load, LowRank, Prepared, Replace, Update, cast, namespace
+from loratool.update import Dense, Layer, Load, LowRank, Prepared, Replace, Update, alike, cast, namespace
 
 Block = tuple[int, int, Array]
+
+
+def product(one: Array, other: Array) -> Array:
+    """one @ other, in float64 where one of them is."""
+    one, other = alike([one, other])
+    return one @ other
 
 
 def moved(load: Load, values: np.ndarray) -> Array:
@@ -56,7 +62,7 @@ class Householder(Tuner):
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         left, right = (moved(load, half) for half in self._pair())
-        return Prepared(lambda start, stop, base: (base @ left) @ right * strength)
+        return Prepared(lambda start, stop, base: product(product(base, left), right) * strength)
 
     def _pair(self) -> tuple[np.ndarray, np.ndarray]:
         """[i,r] and [r,i] whose product is the whole chain less 1."""
@@ -148,7 +154,7 @@ class BlockAffine(Tuner):
                 first, last = max(start, n * r), min(stop, (n + 1) * r)
                 block = load(self.block.slice(n, n + 1))[0]  # [r,r]
                 own = base[first - start : last - start].reshape(last - first, -1, r)  # [rows,i/r,r]
-                made = own @ block + block[first - n * r : last - n * r, None]
+                made = product(own, block) + block[first - n * r : last - n * r, None]
                 change[first - start : last - start] = made.reshape(last - first, -1)
             return change * strength
 
@@ -345,14 +351,14 @@ class Injection(Tuner):
         if self.layer == "transposed":  # the columns of W lie in rows, each for itself
             own: Any = content if isinstance(content, float) else content.T
             return Prepared(
-                lambda start, stop, base: (_rows_of(own, start, stop) - base @ taken) @ put.T * strength,
+                lambda start, stop, base: product(_rows_of(own, start, stop) - product(base, taken), put.T) * strength,
             )
         held: list[Array] = []
 
         def scan(blocks: Iterable[Block]) -> None:
-            held[:] = [sum(taken[start:stop].T @ base for start, stop, base in blocks)]  # [r,i]
+            held[:] = [sum(product(taken[start:stop].T, base) for start, stop, base in blocks)]  # [r,i]
 
-        return Prepared(lambda start, stop, base: put[start:stop] @ (content - held[0]) * strength, scan)
+        return Prepared(lambda start, stop, base: product(put[start:stop], content - held[0]) * strength, scan)
 
 
 def _rows_of(values: Any, start: int, stop: int) -> Any:
@@ -450,12 +456,12 @@ class Frod(Tuner):
         def scan(blocks: Iterable[Block]) -> None:
             squares = np.zeros(len(inner))
             for _, _, base in blocks:
-                turned = cast(base @ back, namespace(base).float64)
+                turned = cast(product(base, back), namespace(base).float64)
                 squares += np.asarray((turned * turned).sum(0).tolist())
             lengths = np.sqrt(squares)
             held[:] = [moved(load, right * np.where(lengths > 1e-12, 1 / np.maximum(lengths, 1e-12), 0.0)[:, None])]
 
-        return Prepared(lambda start, stop, base: ((base @ back) @ held[0] - base) * strength, scan)
+        return Prepared(lambda start, stop, base: (product(product(base, back), held[0]) - base) * strength, scan)
 
 
 class LnTuning(Replace):

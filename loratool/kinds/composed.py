@@ -144,7 +144,7 @@ class Wavelet(Seeded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sparse(Composed):
+class Shira(Composed):
     """SHiRA: delta[index[0,n], index[1,n]] += values[n]; values [k], index [2,k]."""
 
     word: ClassVar[str] = "shira"
@@ -198,12 +198,8 @@ class Supertuning(Composed):
         return (0, 0) if self.up is None or self.down is None else (self.up.shape[0], self.down.shape[1])
 
     @property
-    def rank(self) -> int | None:
-        return None if self.down is None else self.down.shape[0]
-
-    @property
     def scaling(self) -> float:
-        return self.alpha / self.rank if self.rank else 1.0
+        return self.alpha / self.down.shape[0] if self.down is not None else 1.0
 
     def blocks(self) -> Rows:
         height, width = self.plain
@@ -243,4 +239,4 @@ class Circulant(Composed):
         return block
 
 
-KINDS = (Fourier, Wavelet, Sparse, Supertuning, Circulant)
+KINDS = (Fourier, Wavelet, Shira, Supertuning, Circulant)

@@ -11,12 +11,15 @@ import numpy as np
 from loratool.adapter import Adapter, parameter
 from loratool.architectures import Slot
 from loratool.errors import MatchError
+from loratool.kinds.based import Hira
+from loratool.kinds.tuner import Tuner
 from loratool.model import Model
 from loratool.names import Names, Unmatched, orient
 from loratool.tensors import Tensor, block_rows
 from loratool.update import Additive, DoRA, LowRank, Update, trimmed
 
-Factored = (LowRank, DoRA)
+Factored = (LowRank, DoRA, Tuner, Hira)
+"""Kinds that are held as for an [o,i] weight, and know how the base stores it."""
 
 
 @dataclass(frozen=True)

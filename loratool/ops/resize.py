@@ -72,7 +72,8 @@ def resize(
     results = dict(zip(modules, each(one, modules), strict=True))
     squares: dict[str, Squares] = {}
     for name, update in adapter.modules().items():
-        squares[name] = results[name][1] if name in results else (0.0, norm(update) ** 2)
+        kept = placed(name, update, model) if update.needs_base else (update, None)
+        squares[name] = results[name][1] if name in results else (0.0, norm(*kept) ** 2)
     updates = {name: results[name][0] if name in results else update for name, update in adapter.updates.items()}
     return repacked(summarise(_finished(adapter, updates, dtype), squares), stacks)
 
