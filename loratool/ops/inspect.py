@@ -49,8 +49,8 @@ def inspect(adapter: Adapter, norms: bool = False) -> Inspection:
     """Describe ``adapter``; with ``norms`` the Frobenius norm of each additive update, which reads the factors."""
     adapter = as_stored(adapter)
     modules = adapter.modules()
-    tensors = [t for u in adapter.updates.values() for t in u.slots.values()]
-    tensors += adapter.carried.values()
+    slots = [t for u in adapter.updates.values() for t in u.slots.values()]
+    tensors = {id(t): t for t in (*slots, *adapter.carried.values())}.values()  # one that modules share counts once
     ranks = Counter(str(u.rank) for u in modules.values() if u.rank is not None)
     return Inspection(
         format=adapter.metadata.format,
