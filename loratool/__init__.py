@@ -20,6 +20,7 @@ _HOMES = {
     "LoratoolError": "loratool.errors",
     "Reading": "loratool.api",
     "add": "loratool.compute",
+    "check": "loratool.api",
     "combine": "loratool.compute",
     "compare": "loratool.api",
     "convert": "loratool.api",
@@ -45,6 +46,7 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from loratool.adapter import Adapter as Adapter
     from loratool.api import Reading as Reading
+    from loratool.api import check as check
     from loratool.api import compare as compare
     from loratool.api import convert as convert
     from loratool.api import detect as detect

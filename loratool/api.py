@@ -21,6 +21,7 @@ from loratool.formats.base import Evidence, Format
 from loratool.model import Model, read_model
 
 if TYPE_CHECKING:
+    from loratool.ops.check import CheckReport
     from loratool.ops.compare import Comparison
     from loratool.ops.export_folder import FolderExport
     from loratool.ops.export_onnx import Export, ExportReport
@@ -183,6 +184,7 @@ def plan_convert(
     source_format: str | None = None,
     base: Base | None = None,
     layout: str | None = None,
+    uniform: bool = False,
     dtype: str = "keep",
     allow_loss: bool = False,
     allow_unmatched: bool = False,
@@ -211,6 +213,10 @@ def plan_convert(
         from loratool.ops.relayout import relayout
 
         target = relayout(target, layout)
+    if uniform:
+        from loratool.ops.uniform import uniform as made_uniform
+
+        target = made_uniform(target)
     target = cast(target, stored)
     losses = formats.check_losses(target, chosen, allow_loss)
     warnings = (*source.metadata.warnings, *values.warnings, *chosen.notes(target))
@@ -227,6 +233,7 @@ def convert(
     source_format: str | None = None,
     base: Base | None = None,
     layout: str | None = None,
+    uniform: bool = False,
     dtype: str = "keep",
     allow_loss: bool = False,
     allow_unmatched: bool = False,
@@ -237,6 +244,7 @@ def convert(
 
     ``dtype`` is one of keep, fp32, fp16, bf16. ``base`` gives names, and every module must then have its place in it.
     ``layout``, transformers-4 or transformers-5, names modules as that version does (experts one by one, or stacked).
+    ``uniform`` pads ranks and folds scalings, so that all modules have one rank and one alpha.
     Raises what `read` and `write` raise, MatchError, and NumericError (NaN; a dtype that cannot hold a value).
     """
     planned = plan_convert(
@@ -246,6 +254,7 @@ def convert(
         source_format=source_format,
         base=base,
         layout=layout,
+        uniform=uniform,
         dtype=dtype,
         allow_loss=allow_loss,
         allow_unmatched=allow_unmatched,
@@ -450,6 +459,31 @@ def export_onnx(
     return run_export(planned, os.fspath(out), verify=verify, overwrite=overwrite, device=device, progress=progress)
 
 
+def check(
+    adapter: Source,
+    *,
+    engine: str,
+    max_rank: int | None = None,
+    base: Base | None = None,
+    reading: Reading | None = None,
+) -> CheckReport:
+    """Whether an engine (vllm, sglang, llama.cpp, mlx, onnxruntime, comfyui, diffusers) accepts an adapter.
+
+    For each no the report names the command that mends it. Raises UsageError for an unknown engine.
+    """
+    from loratool.ops.check import check
+    from loratool.ops.check import engine as engine_of
+
+    chosen = engine_of(engine)
+    model = None if base is None else model_of(base, reading or Reading())
+    source = adapter if isinstance(adapter, Adapter) else read(adapter, base=model, reading=reading)
+    losses: Sequence[Loss] = ()
+    if chosen.format:
+        losses = formats.by_name(chosen.format).losses(source)
+    called = "ADAPTER" if isinstance(adapter, Adapter) else os.fspath(adapter)
+    return check(source, engine, max_rank, losses, called)
+
+
 def compare(first: Source, second: Source, *, base: Base | None = None, reading: Reading | None = None) -> Comparison:
     """The relative difference of two adapters' updates, module by module, blind to how they are factored."""
     from loratool.ops.changes import Changes, check_values
@@ -497,10 +531,12 @@ def flattened(adapters: Sequence[Source | Sequence[Source]]) -> list[Source]:
 
 
 __all__ = [
+    "CheckReport",
     "Conversion",
     "ConvertReport",
     "FormatRow",
     "Reading",
+    "check",
     "compare",
     "convert",
     "detect",

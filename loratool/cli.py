@@ -231,6 +231,7 @@ def formats_command(json: bool) -> None:
     type=click.Choice(("transformers-4", "transformers-5")),
     help="Name modules, and stack experts, as that version does.",
 )
+@_flag("--uniform", help="One rank and one alpha for all modules: pad ranks, fold scalings.")
 @_dtype
 @_flag("--allow-loss", help="Write what the format can say; list the rest.")
 @_allow_unmatched
@@ -256,6 +257,31 @@ def convert_command(adapter: str, out: str, overwrite: bool, dry_run: bool, json
         show_conversion(report)
         _warn((*report.warnings, *(f"lost: {loss}" for loss in report.losses)))
         _warn(f"no target in the base: {name}" for name in report.unmatched)
+
+
+@app.command("check", short_help="Tell whether an engine accepts an adapter.")
+@_adapter
+@click.option("--for", "engine", metavar="ENGINE", required=True, help="vllm, sglang, llama.cpp, mlx, onnxruntime, ...")
+@click.option("--max-rank", type=int, metavar="N", help="The largest rank that the engine is started with.")
+@_base_option
+@_json
+@_reads
+@_common
+def check_command(adapter: str, json: bool, **options: Any) -> None:
+    """Tell whether an engine accepts an adapter; for each no, the command that mends it.
+
+    Engines: vllm, sglang, llama.cpp, mlx, onnxruntime, comfyui, diffusers. Exit code 5 where one would not accept it.
+    """
+    from loratool import api
+    from loratool.show import show_check
+
+    report = api.check(adapter, **options)
+    if json:
+        _print_json(dataclasses.asdict(report))
+    else:
+        show_check(report)
+    if not report.accepted:
+        raise SystemExit(5)
 
 
 @app.command("merge", short_help="Merge adapters into a base model.")

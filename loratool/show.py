@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratool.api import ConvertReport, FormatRow
     from loratool.compute import ComputeReport
+    from loratool.ops.check import CheckReport
     from loratool.ops.compare import Comparison
     from loratool.ops.export_onnx import ExportReport
     from loratool.ops.inspect import Inspection, Target
@@ -194,6 +195,17 @@ def show_export(report: ExportReport) -> None:
             ("verified", proof),
         )
     )
+
+
+def show_check(report: CheckReport) -> None:
+    """What an engine says to an adapter, and what to do about each no."""
+    verdict = "accepts" if report.accepted else "does not accept"
+    print(f"{bold(report.engine)} {verdict} {printable(report.adapter)}")
+    table(("", "rule", "found"), [("yes" if c.ok else "no", c.rule, c.found) for c in report.checks])
+    for fix in dict.fromkeys(c.fix for c in report.checks if c.fix):
+        print(f"  try: {printable(fix)}")
+    for note in report.warnings:
+        print(f"  note: {printable(note)}")
 
 
 def show_unmerge(report: UnmergeReport) -> None:

@@ -29,7 +29,7 @@ from loratool import api, cli
 from loratool.errors import LoratoolError
 
 ROOT = Path(__file__).parent.parent
-CONVERTING = ("inspect", "formats", "convert", "merge", "unmerge", "verify", "compare")
+CONVERTING = ("inspect", "formats", "convert", "check", "merge", "unmerge", "verify", "compare")
 COMPUTING = ("extract", "resize", "add", "subtract", "combine", "rank")
 COMMANDS = (*CONVERTING, *COMPUTING)
 FORMATS = ("peft", "kohya", "diffusers", "raw")

@@ -159,7 +159,7 @@ def _stacked(lows: Sequence[LowRank]) -> LowRank:
     shape = first.oriented("plain").shape
     downs = [low.down.array().astype(np.float64).reshape(low.rank, *shape[1:]) for low in lows]
     dtype = _dtypes(lows)
-    up, down = _exact(np.concatenate(ups, axis=1), dtype), _exact(np.concatenate(downs), dtype)
+    up, down = exact(np.concatenate(ups, axis=1), dtype), exact(np.concatenate(downs), dtype)
     unit = LowRank(down, up, None, 1.0, first.rank_stabilised, first.layer)
     return replace(unit, alpha=scaling / unit.scaling)
 
@@ -175,7 +175,7 @@ def _wider(one: str, other: str) -> str:
     return one if DTYPES[one].bits > DTYPES[other].bits else other
 
 
-def _exact(values: np.ndarray, dtype: str) -> Tensor:
+def exact(values: np.ndarray, dtype: str) -> Tensor:
     """Values as stored in ``dtype`` where that holds every one of them, else in float32 (or wider)."""
     with np.errstate(over="ignore"):
         narrow = Tensor.of(Tensor.of(values).cast(dtype).array())
@@ -193,7 +193,7 @@ def _dense_sum(updates: Sequence[tuple[float, Update]]) -> Dense | None:
     if not total.any():
         return None
     kind = first.kind if isinstance(first, Dense) else "full"
-    return Dense(_exact(total, _dtypes([update for _, update in updates])), 1.0, kind)
+    return Dense(exact(total, _dtypes([update for _, update in updates])), 1.0, kind)
 
 
 def _best(terms: Sequence[Term], choice: Choice | None) -> tuple[Update | None, Squares]:
