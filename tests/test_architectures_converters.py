@@ -37,7 +37,9 @@ SINGLE_FILES = [  # (architecture, size, converter, prefix of the names, number 
     ("sana", "1.6b", "sana_transformer", "", 2),
     ("anima", "2b", "cosmos_transformer_checkpoint", "net.", 2),
     ("krea2", "2", "krea2_transformer_checkpoint", "model.diffusion_model.", 2),
+    ("flux3", "3", "flux3_transformer_checkpoint", "", 2),
     ("qwen-image", "20b", "", "", 2),
+    ("qwen-image-2.1", "2.1", "qwen_image21_transformer_checkpoint", "model.diffusion_model.", 2),
 ]
 UNUSED = {"sana": {"pos_embed": (1, 1), "y_embedder.y_embedding": (1, 1)}, "lumina2": {"norm_final.weight": (1,)}}
 
@@ -94,6 +96,7 @@ ADAPTERS = [  # (architecture, size, converter, world and suffixes, modules that
     ("ltx2", "19b", "non_diffusers_ltx2", COMFY, "$^", 2),
     ("anima", "2b", "non_diffusers_anima", COMFY, "$^", 2),
     ("krea2", "2", "non_diffusers_krea2", COMFY, "$^", 2),
+    ("flux3", "3", "non_diffusers_flux3", COMFY, r"embed|modulations|norm_out|proj_out$", 2),
 ]
 
 

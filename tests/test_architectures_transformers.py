@@ -14,7 +14,16 @@ every = pytest.mark.parametrize("known", TRANSFORMERS, ids=lambda known: known.n
 
 # class -> how it calls its numbers of blocks, and the letters of the table's
 _BOTH = {"num_layers": "#d", "num_single_layers": "#s"}
-_LIKE_FLUX = ("Flux", "Chroma", "Flux2", "HiDreamImage", "HunyuanVideo", "HunyuanVideoFramepack", "HunyuanImage")
+_LIKE_FLUX = (
+    "Flux3",
+    "Flux",
+    "Chroma",
+    "Flux2",
+    "HiDreamImage",
+    "HunyuanVideo",
+    "HunyuanVideoFramepack",
+    "HunyuanImage",
+)
 DEPTHS: dict[str, dict[str, str]] = {kind: _BOTH for kind in _LIKE_FLUX} | {
     "ZImage": {"n_layers": "#b"},
     "AuraFlow": {"num_mmdit_layers": "#d", "num_single_dit_layers": "#s"},
@@ -77,6 +86,8 @@ MODELS = [  # (architecture, size, class, what differs from the class's defaults
     ("sana", "1.6b", "Sana", {}),
     ("sana", "0.6b", "Sana", SANA_06),
     ("krea2", "2", "Krea2", {}),
+    ("flux3", "3", "Flux3", {}),
+    ("qwen-image-2.1", "2.1", "QwenImage21", {}),
     ("anima", "2b", "Cosmos", {"num_attention_heads": 16, "extra_pos_embed_type": None}),
     ("anima", "14b", "Cosmos", {"num_attention_heads": 40, "extra_pos_embed_type": None}),
 ]
@@ -180,6 +191,16 @@ MORE = {
     "llama": {"num_key_value_heads": 8},
     "mistral3_24b": {"head_dim": 128, "vocab_size": 131072, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
+
+
+def test_the_conditioner_of_anima_is_that_of_diffusers() -> None:
+    torch = pytest.importorskip("torch")
+    conditioners = pytest.importorskip("diffusers.models.condition_embedders.condition_embedder_anima")
+    with torch.device("meta"):
+        model = conditioners.AnimaTextConditioner()
+    theirs = {f"text_conditioner.{name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ours = get("anima").parameters()
+    assert {name: shape for name, shape in ours.items() if name.startswith("text_conditioner.")} == theirs
 
 
 @pytest.mark.parametrize(("kind", "family", "config"), TEXTS, ids=[kind for kind, _, _ in TEXTS])
@@ -361,6 +382,8 @@ SPELLINGS = [  # (architecture, name in a file, shape, what it means)
     ("hunyuan-image-2.1", "double_blocks.0.img_attn_q", (2, 2), "transformer.transformer_blocks.0.attn.to_q"),
     ("z-image", "lora_unet_layers_0_attention_to_out_0", (3, 3), "transformer.layers.0.attention.to_out.0"),
     ("z-image", "diffusion_model.layers.0.attention.qkv", (9, 3), "transformer.layers.0.attention.to_q"),
+    ("anima", "lora_unet_llm_adapter_blocks_0_mlp_0", (8, 2), "text_conditioner.blocks.0.mlp.0"),
+    ("anima", "net.llm_adapter.blocks.0.mlp.0", (8, 2), "text_conditioner.blocks.0.mlp.0"),
     ("anima", "net.blocks.0.mlp.layer1", (8, 2), "transformer.transformer_blocks.0.ff.net.0.proj"),
     (
         "flux",
@@ -480,6 +503,7 @@ def test_rows_of_fused_modules() -> None:
     assert rows("lumina2", "layers.0.attention.qkv", (3840, 2304)) == [((0, 2304),), ((2304, 3072),), ((3072, 3840),)]
     assert rows("lumina2", "layers.0.attention.qkv", (10, 6)) == [((0, 6),), ((6, 8),), ((8, 10),)]  # trap 59
     assert rows("pixart", "blocks.0.cross_attn.kv_linear", (8, 4)) == [((0, 4),), ((4, 8),)]
+    assert rows("qwen-image-2.1", "transformer_blocks.0.img_mlp.gate_up", (6, 1)) == [((0, 3),), ((3, 6),)]
     assert rows("flux2", "single_blocks.0.linear1", (27, 3)) == [((0, 27),)]  # fused in diffusers too
     assert rows("flux", "double_blocks.0.img_attn.qkv", (10, 9)) == []  # no thirds
     assert rows("flux", "single_blocks.0.linear1", (13,)) == []

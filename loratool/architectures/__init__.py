@@ -27,8 +27,8 @@ from loratool.architectures.hidream import HIDREAM
 from loratool.architectures.hunyuan import HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from loratool.architectures.ltx import LTX, LTX2
 from loratool.architectures.lumina import LUMINA2, Z_IMAGE
-from loratool.architectures.others import ANIMA, AURAFLOW, KREA2, MOCHI, PIXART, SANA
-from loratool.architectures.qwen_image import QWEN_IMAGE
+from loratool.architectures.others import ANIMA, AURAFLOW, FLUX3, KREA2, MOCHI, PIXART, SANA
+from loratool.architectures.qwen_image import QWEN_IMAGE, QWEN_IMAGE_21
 from loratool.architectures.sd import SD1, SD2, SDXL, flatten, targets, unflatten
 from loratool.architectures.sd3 import SD3
 from loratool.architectures.table import NameTable
@@ -59,13 +59,15 @@ UNETS: tuple[Architecture, ...] = (SD1, SD2, SDXL)
 TRANSFORMERS: tuple[Transformer, ...] = (
     *(FLUX, CHROMA, SD3, WAN, QWEN_IMAGE, Z_IMAGE, LUMINA2, FLUX2),
     *(HUNYUAN_VIDEO, HUNYUAN_IMAGE, HUNYUAN_VIDEO_15, LTX, LTX2, COGVIDEOX, HIDREAM),
-    *(MOCHI, PIXART, AURAFLOW, SANA, KREA2, ANIMA),
+    *(MOCHI, PIXART, AURAFLOW, SANA, KREA2, ANIMA, FLUX3, QWEN_IMAGE_21),
 )
 ARCHITECTURES: tuple[Architecture, ...] = (*UNETS, *TRANSFORMERS)
 
 # how metadata calls them, the longer beginnings first
 _TOLD = (
     ("flux-2", "flux2"),
+    ("flux-3", "flux3"),
+    ("flux3", "flux3"),
     ("flux2", "flux2"),
     ("flux", "flux"),
     ("chroma", "chroma"),
@@ -77,6 +79,7 @@ _TOLD = (
     ("hunyuan", "hunyuan-video"),
     ("framepack", "hunyuan-video"),
     ("wan", "wan"),
+    ("qwen-image-2.1", "qwen-image-2.1"),
     ("qwen", "qwen-image"),
     ("z-image", "z-image"),
     ("zimage", "z-image"),

@@ -113,6 +113,26 @@ _KINDS: dict[str, tuple[Table, Size, str, tuple[str, ...]]] = {
 }
 
 
+# of Anima: between its text encoder and its transformer, in whose file it is kept
+CONDITIONER = Encoder(
+    "text_conditioner",
+    table("""
+=   embed                                                  vxc
+=   blocks.#l.norm_{self_attn,cross_attn,mlp}              c
+=   blocks.#l.{self,cross}_attn.{q,k,v,o}_proj             cxc
+=   blocks.#l.{self,cross}_attn.{q,k}_norm                 64
+=   blocks.#l.mlp.0                                        4cxc+
+=   blocks.#l.mlp.2                                        cx4c+
+=   out_proj                                               cxc+
+=   norm                                                   c
+"""),
+    Size("conditioner", {"c": 1024, "v": 32128}, {"#l": 6}),
+    ("text_conditioner",),
+    "lora_unet_llm_adapter_",
+    "diffusion_model.llm_adapter.",
+)
+
+
 def encoder(component: str, kind: str, kohya: str, *roles: str) -> Encoder:
     """The text encoder of a pipeline's component: its kind, kohya's prefix, and further roles that names give it."""
     held, size, comfy, levels = _KINDS[kind]

@@ -5,7 +5,7 @@ Original names beside diffusers', as its single-file converters have them.
 
 from __future__ import annotations
 
-from loratool.architectures.encoders import encoder
+from loratool.architectures.encoders import CONDITIONER, encoder
 from loratool.architectures.rows import Size, table
 from loratool.architectures.transformer import transformer
 
@@ -190,5 +190,36 @@ final_layer.adaln_modulation.2                norm_out.linear_2                 
 final_layer.linear                            proj_out                                     64xh
 """),
     (Size("2b", {"h": 2048}, {"#b": 28}), Size("14b", {"h": 5120}, {"#b": 36})),
-    (encoder("text_encoder", "qwen3_06b", "lora_te_", "te1"),),
+    (encoder("text_encoder", "qwen3_06b", "lora_te_", "te1"), CONDITIONER),
+)
+
+_FLUX3_BLOCK = """
+{0}.{{q,k,v}}_proj              {1}.attn.to_{{q,k,v}}       hxh
+{0}.attn_out                    {1}.attn.to_out.0           hxh
+{0}.norm.{{query,key}}_norm:scale   {1}.attn.norm_{{q,k}}   128
+{0}.mlp_in                      {1}.ff.linear_in            6hxh
+{0}.mlp_out                     {1}.ff.linear_out           hx3h
+"""
+FLUX3 = transformer(
+    "flux3",
+    "FLUX.3",
+    table(
+        """
+txt_in                                               context_embedder                                       hxt
+emb_in.{image,image_cond}                            x_embedders.{image,image_cond}                         hxc
+time_in.in_layer                                     timestep_embedder.linear_1                             hx256
+time_in.out_layer                                    timestep_embedder.linear_2                             hxh
+ref_time_in.in_layer                                 target_timestep_embedder.linear_1                      hx256  steps
+ref_time_in.out_layer                                target_timestep_embedder.linear_2                      hxh    steps
+early_stream_modulations.{image,image_cond,txt}.lin  early_stream_modulations.{image,image_cond,txt}.linear   3hxh
+single_stream_modulations.{image,image_cond,txt}.lin single_stream_modulations.{image,image_cond,txt}.linear  3hxh
+final_layer.image.adaLN_modulation.1                 ~norm_out.linear                                       2hxh
+final_layer.image.linear                             proj_out                                               cxh
+"""
+        + _FLUX3_BLOCK.format("content_mode_blocks.image.#d", "mode_blocks.image.#d")
+        + _FLUX3_BLOCK.format("content_mode_blocks.image_cond.#d", "mode_blocks.image_cond.#d")
+        + _FLUX3_BLOCK.format("txt_mode_blocks.#d", "txt_mode_blocks.#d")
+        + _FLUX3_BLOCK.format("single_blocks.#s", "single_transformer_blocks.#s")
+    ),
+    (Size("3", {"h": 3072, "c": 128, "t": 20480}, {"#d": 5, "#s": 28}),),
 )

@@ -44,6 +44,7 @@ DOTTED = (
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder_3.", "text_encoder_3"),
     ("text_encoder_4.", "text_encoder_4"),
+    ("text_conditioner.", "text_conditioner"),
 )
 FLAT = (
     ("lora_unet_", MAIN),
@@ -57,6 +58,7 @@ FLAT = (
     ("lora_te4_", "te4"),
 )
 _AGAIN = ("model_diffusion_model_", "diffusion_model_", "unet_")  # prefixes that stand twice in published files
+_ADAPTER = "llm_adapter_"
 _DEPTH = 6  # so many prefixes may stand before a name
 # text encoders by their names in ComfyUI
 _ENCODERS = frozenset(("clip_l", "clip_g", "clip_h", "t5xxl", "umt5xxl", "llama", "gemma2_2b", "mistral3_24b"))
@@ -68,7 +70,6 @@ class Spelled(NamedTuple):
 
     role: str
     body: tuple[str, Numbers]
-    prefixed: bool
 
 
 @lru_cache(1 << 15)
@@ -87,7 +88,10 @@ def spelled(name: str) -> Spelled:
             role, body = found or role, body[len(prefix) :]
     if body.startswith("sformer_blocks"):  # seen in published files: a prefix was cut off too long
         body = f"tran{body}"
-    return Spelled(role or MAIN, skeleton(flat(body).strip("_")), bool(role))
+    body = flat(body).strip("_")
+    if role in ("", MAIN) and body.startswith(_ADAPTER):  # Anima keeps it inside its transformer, diffusers beside it
+        role, body = "text_conditioner", body.removeprefix(_ADAPTER)
+    return Spelled(role or MAIN, skeleton(body))
 
 
 def _without(body: str, prefixes: tuple[str, ...]) -> str:
