@@ -50,6 +50,7 @@ class Evidence:
             if (path / name).exists() or (path / name).is_symlink():
                 return existing(inside(path, name, self.allow_links), "adapter")
         found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+        found = [p for p in found if p.suffix == _SUFFIXES[0]] or found  # beside others, safetensors
         if len(found) == 1:
             if found[0].is_symlink() and not self.allow_links:
                 check_link(found[0], path)
