@@ -18,9 +18,12 @@ import torch
 
 import loratool
 from loratool.adapter import Adapter, Metadata
-from loratool.errors import FormatError, LossError
+from loratool.errors import FormatError, LoratoolError, LossError
 from loratool.formats import llm as shared
+from loratool.formats.base import Evidence
+from loratool.gguf import write_gguf
 from loratool.kinds.experts import Experts
+from loratool.pickles import looks_pickled, write_pickle
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import Dense, DoRA, LowRank
 from tests import llm
@@ -244,6 +247,19 @@ def test_mlx_full_fine_tuning_is_carried_whole(tmp_path: Path) -> None:
     )
     adapter = loratool.read(path)
     assert not adapter.updates and adapter.carried.keys() == {"model.norm.weight", "transformer.wte.weight"}
+
+
+def test_older_versions_of_mlx_vlm(tmp_path: Path) -> None:
+    """llm.md trap 33: their scale was alpha, then alpha / rank; the file does not tell which."""
+    tensors = {"language_model.model.layers.0.self_attn.q_proj.A": normal(HIDDEN, 2)}
+    tensors["language_model.model.layers.0.self_attn.q_proj.B"] = normal(2, Q * HEAD)
+    path = mlx_folder(tmp_path / "x", tensors, {"rank": 2, "alpha": 16.0, "dropout": 0.0})
+    assert loratool.detect(path)[0] == "mlx"
+    with pytest.raises(FormatError, match="scaling"):
+        loratool.convert(path, tmp_path / "y", to="peft")
+    (update,) = loratool.read(path, reading=scaled(8.0)).updates.values()
+    a, b = (tensor.array() for tensor in tensors.values())
+    assert np.allclose(delta(update), 8.0 * (a @ b).T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -1075,6 +1091,53 @@ def test_any_to_any_by_delta(one: str, other: str, tmp_path: Path) -> None:
     assert not any(delta(update).any() for name, update in found.updates.items() if name not in updates)
 
 
+SHAPES = [(), (0,), (1,), (7,), (0, 3), (3, 0), (1, 1), (2, 3), (2, 2, 2), (1, 0, 2), (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_factors_of_any_shape_and_type_are_read_or_refused(format: str, tmp_path: Path) -> None:
+    """Whatever a file holds in the place of a factor, the only error is one of loratool's own."""
+    shapes = {name: LLAMA[name] for name in ("model.embed_tokens", "model.layers.1.self_attn.q_proj")}
+    shapes |= llm.experts({"gate_proj": (INNER, HIDDEN)}, count=2) if format in ("gguf", "mlx", "tinker") else {}
+    adapter = llm.adapter(shapes, {**FULL, "model_type": "qwen2_moe" if format in ("gguf", "mlx") else "llama"})
+    out = written(adapter, tmp_path, format, allow_loss=True)
+    file = Evidence(out, allow_pickle=True).file
+    base = llm.base(tmp_path / "base", config=FULL)
+    for number, key in enumerate(sorted(file.tensors)):
+        for shape in SHAPES:
+            odd = Tensor.of(np.ones(shape, np.int32 if number % 3 == 0 and shape == (2, 3) else np.float32))
+            tensors = dict(file.tensors) | {key: odd}
+            path = rewritten(out, tensors, file, tmp_path / "odd")
+            try:
+                found = loratool.read(path, base=base, reading=scaled(2.0), format=format)
+                for update in found.updates.values():
+                    for tensor in update.slots.values():
+                        tensor.float()
+            except LoratoolError as error:
+                assert error.what
+
+
+def rewritten(like: Path, tensors: Mapping[str, Tensor], file: Any, to: Path) -> Path:
+    """The tensors in a container like another's."""
+    if like.is_dir():
+        to.mkdir(exist_ok=True)
+        (to / "adapters.safetensors").unlink(missing_ok=True)
+        write_safetensors(to / "adapters.safetensors", tensors, {})
+        (to / "adapter_config.json").write_bytes((like / "adapter_config.json").read_bytes())
+        return to
+    to.unlink(missing_ok=True)
+    if "general.type" in file.metadata:
+        own = ("general.architecture", "general.type", "adapter.type", "loratool.base")
+        words = {key: file.metadata[key] for key in own}
+        write_gguf(to, {**words, "adapter.lora.alpha": 6.0}, tensors)
+    elif looks_pickled(like):
+        beside = {key: json.loads(value) for key, value in file.metadata.items()}
+        write_pickle(to, {k: t for k, t in tensors.items() if t.size}, beside or None)
+    else:
+        write_safetensors(to, tensors, file.metadata)
+    return to
+
+
 @pytest.mark.parametrize("format", ALL)
 def test_computed_adapters_are_written_too(format: str, tmp_path: Path) -> None:
     """resize, with ranks of its own and within a size, and add: the base tells what the format needs."""
@@ -1096,3 +1159,43 @@ def test_the_same_adapter_gives_the_same_bytes(format: str, tmp_path: Path) -> N
     if files[0].is_dir():
         files = [folder / "adapters.safetensors" for folder in files]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the command line in this process."""
+    from loratool import cli
+
+    code = 0
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err and "mistake in loratool" not in said.err
+    return code, said.out, said.err
+
+
+def test_exit_codes_and_hints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = written(llm.adapter(LLAMA, {}), tmp_path, "peft", "peft")
+    archive = npz(tmp_path / "x.npz", {name: tensor.array() for name, tensor in mlx_pair().items()})
+    base, out = llm.base(tmp_path / "base", config={**FULL, "tie_word_embeddings": True}), tmp_path / "out"
+    code, _, said = command(capsys, "convert", archive, "-o", out, "--to", "peft")
+    assert code == 3 and "hint: give --scaling" in said
+    code, _, said = command(capsys, "convert", folder, "-o", out, "--to", "gguf")
+    assert code == 3 and "hint: give --base" in said
+    for more in ((), ("--dry-run",)):
+        code, _, said = command(capsys, "convert", folder, "-o", out, "--to", "gguf", "--base", base, *more)
+        assert code == 5 and "base_model.model.lm_head" in said
+        assert not out.exists()
+    code, said, _ = command(
+        capsys, "convert", folder, "-o", out, "--to", "gguf", "--base", base, "--allow-loss", "--json"
+    )
+    assert code == 0 and json.loads(said)["modules"] == len(LLAMA) - 1
+    code, said, _ = command(capsys, "inspect", out, "--json")
+    found = json.loads(said)
+    assert (code, found["format"], found["architecture"], found["modules"]) == (0, "gguf", "llama", len(LLAMA) - 1)
+    code, said, _ = command(capsys, "formats", "--json")
+    assert {row["name"] for row in json.loads(said) if row["reads"] and row["writes"]} >= set(ALL)

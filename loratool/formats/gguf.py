@@ -167,11 +167,10 @@ def _updates(key: str, slots: Mapping[str, Tensor], alpha: float, dialect: _Dial
     if name is None:
         raise FormatError(f"{dialect.known.name} has no tensor of this name", where)
     down, up = slots["down"], slots["up"]
-    if llm.is_embedding(name):
-        up, down = down, llm.transposed(up, where)
-        return {name: llm.factor_pair(down, up, alpha / down.shape[0] if alpha else None, None, "embedding", where)}
     rank = up.shape[-1] if up.shape else 0
     scaling = alpha / rank if alpha and rank else None
+    if llm.is_embedding(name):
+        return {name: llm.factor_pair(llm.transposed(up, where), down, scaling, None, "embedding", where)}
     if len(up.shape) == 3:
         head, _, leaf = name.rpartition(".")
         pairs = llm.unstacked(down, up, where)

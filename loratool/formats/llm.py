@@ -511,7 +511,7 @@ def told_scaling(config: Mapping[str, Any], evidence: Evidence) -> Callable[[int
     def scaling(rank: int, where: object) -> float | None:
         if evidence.scaling is not None or r is None or alpha is None:
             return evidence.scaling
-        if rank != r:
+        if rank != r or rank == 0:
             raise FormatError(
                 f"the configuration says rank {r}, the tensors have rank {rank}: the scaling is unknown",
                 where,

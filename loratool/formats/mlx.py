@@ -5,7 +5,8 @@ Keys are ``<module>.lora_a`` [i,r] and ``.lora_b`` [r,o], each transposed; of an
 also ``.m``, one norm a row of the weight. ``lora_parameters.scale`` multiplies the product as it is: it is not divided
 by the rank, and an ``alpha`` beside it means nothing. ``num_layers`` counts from the last layer; ``keys`` are module
 names, within a layer or whole. With ``fine_tune_type`` full the tensors are whole weights. Older trainers left an
-``adapters.npz`` without a configuration: nothing tells its scaling.
+``adapters.npz`` without a configuration, older versions of mlx-vlm ``.A`` and ``.B`` beside a rank and an alpha that
+some multiplied by and others divided: nothing tells these scalings.
 
 Written: one scale and one rank for all, which is all that mlx-lm knows; other scalings are folded into ``lora_b``,
 smaller ranks filled with zeros. Source: ml-explore/mlx-lm 0.32.
@@ -31,6 +32,7 @@ from loratool.tensors import Tensor, write_safetensors
 from loratool.update import DoRA, Update
 
 LAYOUT = Layout(slots=(("down", ".lora_a"), ("up", ".lora_b"), ("magnitude", ".m")))
+VLM = Layout(slots=(("down", ".A"), ("up", ".B")))  # of older mlx-vlm, whose configuration has rank and alpha
 WEIGHTS = "adapters.safetensors"
 
 # mlx-lm's own names of models whose classes differ from transformers'
@@ -72,13 +74,21 @@ def sniff(evidence: Evidence) -> str | None:
     """mlx-lm by its suffixes, or by a configuration that says that all was trained."""
     if any(key.endswith((".lora_a", ".lora_b")) for key in evidence.keys):
         return "keys end in .lora_a and .lora_b"
+    if _is_vlm(evidence):
+        return "keys end in .A and .B beside a rank and an alpha (mlx-vlm)"
     return "adapter_config.json names a fine_tune_type" if "fine_tune_type" in evidence.config else None
+
+
+def _is_vlm(evidence: Evidence) -> bool:
+    """Whether this is of mlx-vlm before it had mlx-lm's layers."""
+    told = {"rank", "alpha"} <= evidence.config.keys() and "peft_type" not in evidence.config
+    return told and bool(evidence.keys) and all(key.endswith((".A", ".B")) for key in evidence.keys)
 
 
 def read(evidence: Evidence) -> Adapter:
     """Read a folder or file of mlx-lm. Raises FormatError for what is malformed."""
     file, config = evidence.file, _config(evidence)
-    grouped, rest = LAYOUT.group(file.tensors, where=file.path)
+    grouped, rest = (VLM if _is_vlm(evidence) else LAYOUT).group(file.tensors, where=file.path)
     if rest and (grouped or config.get("fine_tune_type") != "full"):
         raise FormatError("a tensor whose meaning is unknown", f"{file.path}: {next(iter(rest))}")
     scale, warnings = _scale(config, evidence)
