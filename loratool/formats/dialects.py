@@ -120,7 +120,7 @@ _HEADS = {  # the first segment of a module in a bare model -> the component tha
 # language models whose own first segment is `transformer`: GPT-2, Falcon, Bloom, MPT, DBRX, ChatGLM, XLNet
 _LANGUAGE_MODEL = re.compile(
     r"^transformer\.(h|layer|encoder|wte|wpe|ln_f|word_embeddings|embedding|output_layer)\b"
-    r"|^transformer\.blocks\.\d+\.(attn\.(Wqkv|out_proj)|ffn\.|norm_attn_norm\.)"
+    r"|^transformer\.blocks\.\d+\.(attn\.(Wqkv|out_proj)|ffn\.(up_proj|down_proj|gate_proj|experts|router)|norm_attn_norm\.)"
 )
 _LDM = re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_")
 _LOOSE_END = re.compile(r"^([^.]*[^._])_+(?=\.)")  # lora_unet_proj_out_.alpha
