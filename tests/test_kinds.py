@@ -914,6 +914,7 @@ def assert_additive_laws(update: LoHa | LoKr, expected: np.ndarray, data: st.Dat
     close(part.delta(), expected[start:stop])
     if low is not None:
         close(low.delta(), expected)
+        close(low.down.float(low.rank - 1), low.down.float()[-1:], 0)
         assert low.rank < min(o, math.prod(update.shape[1:]))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loratool.errors import FormatError
-from loratool.kinds.halves import Half, Unfolding, made, wide
+from loratool.kinds.halves import Half, Unfolding, by_rows, products, wide
 from loratool.kinds.joined import joined
 from loratool.tensors import Array, Tensor
 from loratool.update import Load, LowRank, Prepared, Update, alike
@@ -110,14 +110,21 @@ class LoHa(Unfolding):
         if rank >= min(self.shape[0], math.prod(self.shape[1:])):
             return None
 
-        def up() -> np.ndarray:
-            one, _, other, _ = alike([*first.terms(Tensor.float), *second.terms(Tensor.float)])
-            return np.asarray(one[:, :, None] * other[:, None, :])  # [o,r,r]
+        def terms() -> list[np.ndarray]:
+            return alike([*first.terms(Tensor.float), *second.terms(Tensor.float)])
 
-        def down() -> np.ndarray:
-            _, one, _, other = alike([*first.terms(Tensor.float), *second.terms(Tensor.float)])
-            return np.asarray(one[:, None, :] * other[None, :, :])  # [r,r,i*k]
+        def up(start: int, stop: int) -> np.ndarray:
+            one, _, other, _ = terms()
+            return np.asarray(products(one[start:stop], other[start:stop]))
+
+        def down(start: int, stop: int) -> np.ndarray:
+            _, one, _, other = terms()
+            p, q = np.divmod(np.arange(start, stop), len(other))
+            return np.asarray(one[p] * other[q])
 
         dtype = wide(*self.slots.values())
-        alpha = None if self.alpha is None else self.scaling * rank
-        return LowRank(made(dtype, (rank, *self.shape[1:]), down), made(dtype, (self.shape[0], rank), up), alpha=alpha)
+        return LowRank(
+            by_rows(dtype, (rank, *self.shape[1:]), down),
+            by_rows(dtype, (self.shape[0], rank), up),
+            alpha=None if self.alpha is None else self.scaling * rank,
+        )

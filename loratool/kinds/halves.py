@@ -146,6 +146,20 @@ def made(dtype: str, shape: tuple[int, ...], values: Callable[[], np.ndarray]) -
     return Tensor(dtype, shape, lambda start, stop: values().reshape(shape)[start:stop].astype(numpy_dtype(dtype)))
 
 
+def by_rows(dtype: str, shape: tuple[int, ...], rows: Callable[[int, int], np.ndarray]) -> Tensor:
+    """A tensor whose rows [start, stop) are computed when they are read."""
+
+    def load(start: int, stop: int) -> np.ndarray:
+        return rows(start, stop).reshape(stop - start, *shape[1:]).astype(numpy_dtype(dtype), copy=False)
+
+    return Tensor(dtype, shape, load)
+
+
+def products(one: Array, other: Array) -> Array:
+    """The Kronecker product of each row of ``one`` [n,p] and the same row of ``other`` [n,q]: [n,p*q]."""
+    return (one[:, :, None] * other[:, None, :]).reshape(len(one), -1)
+
+
 def wide(*tensors: Tensor) -> str:
     """The dtype of what is computed from these: float32, float64 where one is."""
     return "F64" if any(tensor.dtype == "F64" for tensor in tensors) else "F32"

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from loratool.errors import FormatError
-from loratool.kinds.halves import Half, Unfolding, by_index, made, wide
+from loratool.kinds.halves import Half, Unfolding, by_index, by_rows, products, wide
 from loratool.kinds.joined import joined
 from loratool.tensors import Array, Tensor
 from loratool.update import Load, LowRank, Prepared, Update, alike, namespace
@@ -93,8 +94,7 @@ class LoKr(Unfolding):
 
         def delta(start: int, stop: int, base: Array | None) -> Array:
             index = _arange(flat[0], start, stop)
-            left, right = first(index // height), second(index % height)  # [rows,c], [rows,d*k]
-            return (left[:, :, None] * right[:, None, :]).reshape(stop - start, -1)
+            return products(first(index // height), second(index % height))  # of [rows,c] and [rows,d*k]
 
         return Prepared(delta)
 
@@ -129,13 +129,14 @@ class LoKr(Unfolding):
         if rank >= min(self.shape[0], math.prod(self.shape[1:])):
             return None
 
-        def factor(which: int) -> np.ndarray:
+        def factor(which: int, start: int, stop: int) -> np.ndarray:
             one, other = alike([first.pair()[which], second.pair()[which]])
-            return np.asarray(np.kron(one, other))  # [a*b,r] or [r,c*d*k]
+            a, b = np.divmod(np.arange(start, stop), len(other))
+            return np.asarray(products(one[a], other[b]))  # rows of [a*b,r] or [r,c*d*k]
 
         dtype = wide(*self.slots.values())
-        down = made(dtype, (rank, *self.shape[1:]), lambda: factor(1))
-        up = made(dtype, (self.shape[0], rank), lambda: factor(0))
+        up = by_rows(dtype, (self.shape[0], rank), partial(factor, 0))
+        down = by_rows(dtype, (rank, *self.shape[1:]), partial(factor, 1))
         return LowRank(down, up, alpha=None if self.scaling == 1.0 else self.scaling * rank)
 
 
