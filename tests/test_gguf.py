@@ -454,35 +454,36 @@ def entry(name: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> 
 
 MANY = (1 << 60) - 1
 HOSTILE = {
-    "version 1": hostile(1),
-    "big endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
-    "counts": hostile(3, MANY, MANY),
-    "pairs": hostile(3, 0, 9999),
-    "a long string": hostile(3, 0, 1, struct.pack("<Q", MANY)),
-    "a long array": hostile(3, 0, 1, text("k") + struct.pack("<IIQ", 9, 4, MANY)),
-    "many strings": hostile(3, 0, 1, text("k") + struct.pack("<IIQ", 9, 8, 1 << 40)),
-    "arrays of arrays": hostile(3, 0, 1, text("k") + struct.pack("<IIQ", 9, 9, 1)),
-    "an unknown type": hostile(3, 0, 1, text("k") + struct.pack("<I", 77)),
+    "GGUF version 1": hostile(1),
+    "a big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+    "over the limits": hostile(3, MANY, MANY),
+    "header is cut off": hostile(3, 0, 9999),
+    "or over its limit": hostile(3, 0, 1, struct.pack("<Q", MANY)),
+    "cut off, or over": hostile(3, 0, 1, text("k") + struct.pack("<IIQ", 9, 4, MANY)),
+    "1,099,511,627,776 values": hostile(3, 0, 1, text("k") + struct.pack("<IIQ", 9, 8, 1 << 40)),
+    "values of type 9": hostile(3, 0, 1, text("k") + struct.pack("<IIQ", 9, 9, 1)),
+    "unknown type 77": hostile(3, 0, 1, text("k") + struct.pack("<I", 77)),
     "no UTF-8": hostile(3, 0, 1, struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<I", 0)),
-    "a key twice": hostile(3, 0, 2, 2 * (text("k") + struct.pack("<II", 4, 1))),
-    "axes": hostile(3, 1, 0, text("t") + struct.pack("<I", 1 << 30)),
-    "a huge shape": hostile(3, 1, 0, entry("t", (MANY, MANY)) + bytes(64)),
-    "data beyond the end": hostile(3, 1, 0, entry("t", (4, 4)) + bytes(16)),
-    "an offset beyond the end": hostile(3, 1, 0, entry("t", (1,), 0, 1 << 50) + bytes(64)),
-    "an odd offset": hostile(3, 1, 0, entry("t", (1,), 0, 1) + bytes(64)),
-    "a name twice": hostile(3, 2, 0, 2 * entry("t", (1,)) + bytes(64)),
-    "a K-quant": hostile(3, 1, 0, entry("t", (256,), 12) + bytes(512)),
-    "a ragged quant": hostile(3, 1, 0, entry("t", (31,), 8) + bytes(512)),
-    "alignment": hostile(3, 0, 1, text("general.alignment") + struct.pack("<II", 4, 3)),
-    "alignment 0": hostile(3, 0, 1, text("general.alignment") + struct.pack("<II", 4, 0)),
+    "a key occurs twice": hostile(3, 0, 2, 2 * (text("k") + struct.pack("<II", 4, 1))),
+    "1073741824 axes": hostile(3, 1, 0, text("t") + struct.pack("<I", 1 << 30)),
+    "truncated: the data": hostile(3, 1, 0, entry("t", (MANY, MANY)) + bytes(64)),
+    "the data ends before": hostile(3, 1, 0, entry("t", (4, 4)) + bytes(16)),
+    "before this tensor": hostile(3, 1, 0, entry("t", (1,), 0, 1 << 50) + bytes(64)),
+    "no multiple of 32": hostile(3, 1, 0, entry("t", (1,), 0, 1) + bytes(64)),
+    "a name occurs twice": hostile(3, 2, 0, 2 * entry("t", (1,)) + bytes(64)),
+    "GGML type 12": hostile(3, 1, 0, entry("t", (256,), 12) + bytes(512)),
+    "Q8_0 values of shape": hostile(3, 1, 0, entry("t", (31,), 8) + bytes(512)),
+    "an alignment of 3": hostile(3, 0, 1, text("general.alignment") + struct.pack("<II", 4, 3)),
+    "an alignment of 0": hostile(3, 0, 1, text("general.alignment") + struct.pack("<II", 4, 0)),
+    "not a GGUF file": b"GGUF",
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_files_are_refused(what: str, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
-    path.write_bytes(HOSTILE[name])
-    with pytest.raises(FormatError):
+    path.write_bytes(HOSTILE[what])
+    with pytest.raises(FormatError, match=what):
         loratool.inspect(path)
 
 
