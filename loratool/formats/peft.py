@@ -251,6 +251,7 @@ def places(grouped: Iterable[str], config: Mapping[str, Any], where: Path) -> di
 
     Raises FormatError where a nesting means nothing, or the configuration does not name the parameters.
     """
+    names(config, "target_parameters", where)
     by_module: dict[str, list[str]] = {}
     for module in grouped:
         by_module.setdefault(_unnested(module), []).append(module)
