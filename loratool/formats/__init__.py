@@ -25,6 +25,7 @@ from loratool.formats import (
     mistral,
     mlx,
     onetrainer,
+    onnx_adapter,
     peft,
     raw,
     tinker,
@@ -35,6 +36,7 @@ from loratool.formats.base import Evidence, Format
 
 FORMATS: tuple[Format, ...] = (
     gguf.FORMAT,
+    onnx_adapter.FORMAT,
     mlx.FORMAT,
     torchtune.FORMAT,
     litgpt.FORMAT,
@@ -58,10 +60,9 @@ FORMATS: tuple[Format, ...] = (
 
 # dialects that are known by their keys but not read yet: refused by name, never half-read
 RECOGNISED: tuple[tuple[str, str], ...] = (
+    ("a NeMo or Megatron checkpoint (export it in Hugging Face's form)", r"\.adapter\.linear_(in|out)\.|\.lora_kqv_adapter\."),
     ("a control LoRA (ControlNet)", r"^lora_controlnet$"),
     ("a ControlNet-LLLite", r"^lllite_"),
-    ("a NeMo or Megatron checkpoint (export it in Hugging Face's form)", r"\.adapter\.linear_(in|out)\.|\.lora_kqv_adapter\."),
-    ("a sparse residual (bias_indices)", r"\.bias_(indices|values|size)$"),
 )
 _INVERSION = re.compile(r"^(emb_params|clip_[lg]|t5|llama|string_to_param(\..*)?|<[^>]+>)$")  # all that a file has
 

@@ -15,13 +15,14 @@ from loratool.files import check_link, existing, inside, read_json
 from loratool.gguf import looks_gguf, read_gguf
 from loratool.model import Model
 from loratool.npz import looks_npz, read_npz
+from loratool.onnx.container import looks_container, open_container
 from loratool.pickles import looks_pickled, read_pickle
 from loratool.tensors import SafetensorsFile, Tensor, canonical_order, header_bytes, read_safetensors
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
 _PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin", "lit_model.pth.lora", "adapter_model.pt")
-_SUFFIXES = (".safetensors", ".npz", ".gguf")
+_SUFFIXES = (".safetensors", ".npz", ".gguf", ".onnx_adapter")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Evidence:
             return read_gguf(self.weights)
         if looks_npz(self.weights):
             return read_npz(self.weights)
+        if looks_container(self.weights):
+            return open_container(self.weights)
         if looks_pickled(self.weights):
             return read_pickle(self.weights, self.allow_pickle)
         return read_safetensors(self.weights)

@@ -23,7 +23,7 @@ import numpy as np
 from loratool.errors import FormatError, LoratoolError
 from loratool.files import CHUNK, FileBytes
 from loratool.onnx.graph import NUMBERS, TYPES
-from loratool.tensors import Region, Tensor, byte_count
+from loratool.tensors import Region, SafetensorsFile, Tensor, byte_count
 
 TAG = b"TORT"
 FORMAT_VERSION = 1
@@ -127,6 +127,19 @@ def _write_values(file: object, tensor: Tensor) -> None:
 def is_container(head: bytes) -> bool:
     """Whether a file that begins so is one."""
     return head[4:8] == TAG
+
+
+def looks_container(path: Path) -> bool:
+    """Whether a file is one, by its first bytes."""
+    with open(path, "rb") as file:
+        return is_container(file.read(8))
+
+
+def open_container(path: Path) -> SafetensorsFile:
+    """An adapter file as formats see files: its tensors and its versions. Raises what `read_container` raises."""
+    held = read_container(path)
+    versions = {"adapter_version": str(held.adapter_version), "model_version": str(held.model_version)}
+    return SafetensorsFile(path, held.tensors, versions, 0)
 
 
 def read_container(path: Path) -> Container:
