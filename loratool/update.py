@@ -313,14 +313,28 @@ class Replace(Update):
 
 @dataclass(frozen=True)
 class Sum(Additive):
-    """Several additive updates of one weight (a module that occurs twice)."""
+    """Several additive updates of one weight (a module that occurs twice).
+
+    Parts that hold a kernel flattened take the shape of those that tell it. Raises MatchError where shapes differ.
+    """
 
     parts: tuple[Additive, ...]
 
     def __post_init__(self) -> None:
-        shapes = {trimmed(part.shape) for part in self.parts}
-        if len(shapes) != 1:
+        sized = self._sized(max((part.shape for part in self.parts), key=len))
+        if sized is None:
+            shapes = {trimmed(part.shape) for part in self.parts}
             raise MatchError(f"updates of one weight differ in shape: {sorted(map(list, shapes))}")
+        object.__setattr__(self, "parts", sized)
+
+    def _sized(self, shape: tuple[int, ...]) -> tuple[Additive, ...] | None:
+        """The parts for a weight of this shape, None where one is for another."""
+        sized = [part.sized(shape) for part in self.parts]
+        return tuple(part for part in sized if isinstance(part, Additive)) if None not in sized else None
+
+    def sized(self, shape: tuple[int, ...]) -> Sum | None:
+        sized = self._sized(shape)
+        return None if sized is None else Sum(sized)
 
     @property
     def kind(self) -> str:

@@ -24,7 +24,7 @@ from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.kinds.sparse import Sparse
 from loratool.tensors import Tensor, read_safetensors
-from loratool.update import Additive, Dense, DoRA, Update, rows, stack
+from loratool.update import Additive, Dense, DoRA, Sum, Update, rows, stack
 from tests import samples
 from tests.samples import LYCORIS, loha, lokr, magnitude, normal, tucker_loha
 from tests.samples import WHOLE_LOKR as WHOLE
@@ -705,6 +705,20 @@ def test_indices_beyond_32767_are_not_negative(shape: tuple[int, int]) -> None:
     assert int(update.indices.array().min()) < 0
     assert update.shape == shape
     close(update.delta(), matrix, 0)
+
+
+def test_a_residual_beside_a_convolution_takes_its_shape() -> None:
+    """As LyCORIS' extraction writes them: factors of four axes, a residual of two."""
+    conv, flat = samples.low(12, 5, 3, 3, 2), np.where(base(12, 30) > 1, 2.0, 0.0)
+    whole = conv + Sparse(**coordinates(flat))
+    assert whole.shape == (12, 5, 3, 2)
+    close(whole.delta(), conv.delta() + flat.reshape(12, 5, 3, 2))
+    both = Sum((loha(12, 30), Sparse(**coordinates(flat)))).sized((12, 5, 3, 2))
+    assert both is not None
+    close(both.delta(), (loha(12, 30).delta() + flat).reshape(12, 5, 3, 2))
+    assert both.sized((12, 5, 3, 3)) is None
+    with pytest.raises(MatchError, match="differ in shape"):
+        conv + Sparse(**coordinates(flat[:, :29]))
 
 
 def test_entries_that_occur_twice_are_summed() -> None:
