@@ -127,7 +127,8 @@ def diffusers(pairs: Pairs) -> dict[str, Tensor]:
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     from safetensors.torch import save_file
 
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {}) or None)
+    held = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(held, path, dict(metadata or {}) or None)
     return path
 
 
