@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from loratool.architectures import TRANSFORMERS, architecture, identify, identify_checkpoint, identify_names, told
@@ -232,17 +234,19 @@ def test_the_text_encoders_are_those_of_transformers(kind: str, family: str, con
 # --- names ---------------------------------------------------------------------------------------------
 
 
-def stored_modules(
-    known: Transformer, world: str, size: Size | None = None
-) -> dict[str, tuple[Shape, tuple[Segment, ...]]]:
-    """Shapes and segments of the modules of an adapter for everything, in the names of a world."""
-    shapes, found = known.shapes(size), {}
+Modules = dict[str, tuple[Shape, tuple[Segment, ...]]]
+
+
+def stored_modules(known: Transformer, world: str, shapes: Mapping[str, Shape]) -> Modules:
+    """Shapes and segments of the modules of an adapter for all of these, in the names of a world."""
+    found: Modules = {}
     for name, shape in shapes.items():
         stored = known.stored(name, world, shape)
         assert stored is not None, name
-        heights = stored.heights([shapes[segment.reference] for segment in stored.segments])
-        assert heights is not None
-        found[stored.name] = ((sum(heights), *shape[1:]), stored.segments)
+        if stored.name not in found:
+            heights = stored.heights([shapes[segment.reference] for segment in stored.segments])
+            assert heights is not None
+            found[stored.name] = ((sum(heights), *shape[1:]), stored.segments)
     return found
 
 
@@ -253,7 +257,7 @@ def test_every_module_is_read_back_from_every_world(known: Transformer, world: s
     seen: dict[str, int] = {}
     small = few(known.sizes[0])
     shapes = known.shapes(small)
-    for name, (shape, segments) in stored_modules(known, world, small).items():
+    for name, (shape, segments) in stored_modules(known, world, shapes).items():
         assert world != "kohya" or "." not in name
         edges, top = [], 0  # (first row, last row, reference, its first row) of each segment
         for reference, part, of in segments:
@@ -291,10 +295,8 @@ def test_the_places_in_a_single_file_fill_it(known: Transformer) -> None:
 
 
 def alone(known: Transformer, world: str, size: Size | None = None) -> dict[str, Shape]:
-    """The modules of the transformer itself, bare, in the names of a world."""
-    found = stored_modules(known, world, size).items()
-    mains = {name: shape for name, (shape, segments) in found if segments[0].reference.startswith("transformer.")}
-    return {name.removeprefix("transformer.").removeprefix("diffusion_model."): s for name, s in mains.items()}
+    """The modules of the transformer itself, in the names of a world."""
+    return {name: shape for name, (shape, _) in stored_modules(known, world, main_shapes(known, size)).items()}
 
 
 @every
@@ -302,13 +304,17 @@ def test_single_files_are_identified(known: Transformer) -> None:
     """In every world's names, with or without a prefix, beside a VAE: one architecture, and the same places."""
     other = {"first_stage_model.decoder.conv_in.weight": (4, 4, 3, 3), "vae.encoder.conv_in.weight": (4, 4, 3, 3)}
     for world in ("native", "comfy", "diffusers"):
-        modules = alone(known, world)
+        modules = {bare(name): shape for name, shape in alone(known, world).items()}
         for prefix in ("model.diffusion_model.", "diffusion_model.", "") if world == "native" else ("",):
             file = {f"{prefix}{name}.{parameter(known, name)}": shape for name, shape in modules.items()} | other
             assert identify_checkpoint(file) is known, (world, prefix)
             places = {name.removesuffix(".weight"): slot for name, slot in known.checkpoint(file).items()}
             assert set(places) == set(main_shapes(known)), (world, prefix)
             assert all(slot.tensor in file for slot in places.values())
+
+
+def bare(name: str) -> str:
+    return name.removeprefix("transformer.").removeprefix("diffusion_model.")
 
 
 def parameter(known: Transformer, name: str) -> str:
@@ -326,25 +332,21 @@ def test_narrow_models_are_known_by_their_names(known: Transformer) -> None:
     widths = {letter: 6 * 2**n for n, letter in enumerate(known.sizes[0].widths)}
     narrow = few(Size("narrow", widths, known.sizes[0].blocks, known.sizes[0].features))
     for world in WORLDS:
-        shapes = {
-            n: s for n, (s, _) in stored_modules(known, world, narrow).items() if not n.startswith(("text", "lora_te"))
-        }
+        shapes = alone(known, world, narrow)
         assert identify(shapes) is known, world
         assert identify_names(shapes) is known, world
 
 
 @every
-@pytest.mark.parametrize("world", WORLDS)
-def test_adapters_are_identified(known: Transformer, world: str) -> None:
-    """By everything, and by the attention alone."""
-    start = {"kohya": "lora_unet_", "comfy": "diffusion_model.", "diffusers": "transformer."}.get(world, "")
-    for size in known.sizes:
-        modules = {f"{start}{flat(n) if world == 'kohya' else n}": s for n, s in alone(known, world, size).items()}
-        modules = {n.replace("lora_unet_lora_unet_", "lora_unet_"): s for n, s in modules.items()}
-        assert identify(modules) is known, size.name
+def test_adapters_are_identified(known: Transformer) -> None:
+    """By everything, and by the attention alone: every size in one world's names, the first in all."""
+    cases = [("kohya", size) for size in known.sizes] + [(world, known.sizes[0]) for world in WORLDS[1:]]
+    for world, size in cases:
+        modules = alone(known, world, size)
+        assert identify(modules) is known, (world, size.name)
         attention = {name: shape for name, shape in modules.items() if "attn" in name or "attention" in name}
         if attention and known.name not in ("chroma", "flux2", "sana"):  # these share theirs with another family
-            assert identify(attention) is known, size.name
+            assert identify(attention) is known, (world, size.name)
 
 
 # --- spellings -----------------------------------------------------------------------------------------
