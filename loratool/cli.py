@@ -30,11 +30,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 @dataclasses.dataclass
 class _State:
-    """What the options common to all commands set."""
+    """What the options common to all commands set, and whether a signal asked to stop."""
 
     debug: bool = False
     quiet: bool = False
     verbose: bool = False
+    stopped: bool = False
 
 
 _state = _State()
@@ -617,10 +618,10 @@ def _warn(texts: Iterable[str]) -> None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Progress | None]:
+def _progress(what: str) -> Iterator[Progress]:
     """A bar on stderr where that is a terminal, else nothing."""
     if _state.quiet or not sys.stderr.isatty():
-        yield None
+        yield _go_on
         return
     from rich import progress as rich
     from rich.console import Console
@@ -628,7 +629,12 @@ def _progress(what: str) -> Iterator[Progress | None]:
     columns = (rich.TextColumn(what), rich.BarColumn(), rich.DownloadColumn(), rich.TransferSpeedColumn())
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def advance(done: int, total: int) -> None:
+            _go_on(done, total)
+            bar.update(task, completed=done, total=total)
+
+        yield advance
 
 
 def _fail(error: LoratoolError) -> NoReturn:
@@ -645,7 +651,20 @@ def _fail(error: LoratoolError) -> NoReturn:
 
 
 def _interrupted(*_: object) -> NoReturn:
+    _state.stopped = True
     raise KeyboardInterrupt
+
+
+def _unraisable(found: Any) -> None:
+    """Say nothing of a signal that fell into a finaliser: `_go_on` sees to it."""
+    if not issubclass(found.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(found)
+
+
+def _go_on(done: int, total: int) -> None:
+    """Stop after all where a signal fell into a finaliser, which Python does not let it leave."""
+    if _state.stopped:
+        raise KeyboardInterrupt
 
 
 def _told(error: Exception) -> LoratoolError:
@@ -671,7 +690,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     _state = _State()
     argv = sys.argv[1:] if argv is None else argv
     with suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, _interrupted)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _interrupted)
+        sys.unraisablehook = _unraisable
     with suppress(AttributeError):  # a name that UTF-8 cannot say is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:

@@ -178,7 +178,7 @@ class Layouts:
     def _into_fused(self, target: str, update: Update) -> list[Placed]:
         """A part of what the base stores fused: rows of it."""
         parent, _, own = target.rpartition(".")
-        for fused, pieces, of in self._fusions(next(iter(self.model.parameters), "")):
+        for fused, pieces, of in self._fusions(next(iter(self.model.parameters))) if self.model.parameters else ():
             if own in fused.parts and (name := self.find(f"{parent}.{fused.leaf}.weight")):
                 return [(update, Slot(name, pieces[fused.parts.index(own)], of))]
         return []

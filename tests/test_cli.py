@@ -31,7 +31,7 @@ from loratool.errors import LoratoolError
 ROOT = Path(__file__).parent.parent
 CONVERTING = ("inspect", "formats", "convert", "check", "merge", "unmerge", "verify", "compare")
 COMPUTING = ("extract", "resize", "add", "subtract", "combine", "rank")
-COMMANDS = (*CONVERTING, *COMPUTING)
+COMMANDS = (*CONVERTING, *COMPUTING, "export-onnx")
 FORMATS = ("peft", "kohya", "diffusers", "raw")
 
 
@@ -1271,6 +1271,28 @@ def test_an_interrupted_merge_leaves_no_half_output(
         assert not list(tmp_path.iterdir())
     assert run("merge", llama, peft, "-o", tmp_path / "out").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+FINALISER = """
+from loratool.plan import Run
+import os, signal
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+tasks = Run._tasks
+def told(self):
+    Swallows()
+    yield from tasks(self)
+Run._tasks = told
+"""
+
+
+def test_a_signal_that_falls_into_a_finaliser_is_not_lost(llama: Path, peft: Path, tmp_path: Path) -> None:
+    process = spawn("merge", llama, peft, "-o", tmp_path / "out", script=FINALISER)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (130, "interrupted: nothing was written\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reader_that_goes_away_is_no_mistake(llama: Path, peft: Path, tmp_path: Path) -> None:
