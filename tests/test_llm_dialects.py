@@ -229,6 +229,39 @@ def test_mlx_dora(tmp_path: Path) -> None:
     assert "for each input" in caught.value.losses[0]
 
 
+TIED = {**CONFIG, "tie_word_embeddings": True}
+UNHEADED = {name: shape for name, shape in LLAMA.items() if name != "lm_head"}
+
+
+def test_to_mlx_a_tied_embedding_is_also_the_output_projection(tmp_path: Path) -> None:
+    """llm.md trap 38: one LoRA of both ends; merged once, the tie stays."""
+    adapter = llm.adapter({"model.embed_tokens": (VOCAB, HIDDEN)}, CONFIG)
+    out, base = written(adapter, tmp_path, "mlx"), llm.base(tmp_path / "base", UNHEADED, TIED)
+    assert loratool.read(out).updates.keys() == {"model.embed_tokens"}
+    both = loratool.read(out, base=base)
+    assert both.updates.keys() == {"model.embed_tokens", "lm_head"}
+    table = both.updates["model.embed_tokens"]
+    assert np.array_equal(delta(both.updates["lm_head"]), delta(table))
+    loratool.merge(base, out, out=tmp_path / "merged")
+    merged = read_safetensors(tmp_path / "merged" / "model.safetensors").tensors
+    weight = read_safetensors(base / "model.safetensors").tensors["model.embed_tokens.weight"].array()
+    assert np.allclose(merged["model.embed_tokens.weight"].array(), weight + delta(table), rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is True
+    again = written(both, tmp_path, "mlx", "again")
+    assert (again / "adapters.safetensors").read_bytes() == (out / "adapters.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["model.embed_tokens"], ["lm_head", "model.embed_tokens"]])
+def test_one_end_of_a_tied_pair_is_a_loss_to_mlx(names: list[str], tmp_path: Path) -> None:
+    adapter = llm.adapter({name: LLAMA[name] for name in names}, TIED)
+    with pytest.raises(LossError) as caught:
+        written(adapter, tmp_path, "mlx")
+    assert [loss.partition(":")[0] for loss in caught.value.losses] == names
+    if "lm_head" in names:
+        with pytest.raises(LossError):
+            written(adapter, tmp_path, "torchtune")
+
+
 def mlx_folder(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Path:
     path.mkdir()
     write_safetensors(path / "adapters.safetensors", tensors, {})

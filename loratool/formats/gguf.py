@@ -209,7 +209,7 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 
 def _reason(dialect: _Dialect) -> llm.Reason:
-    tied = bool(dialect.config.get("tie_word_embeddings", dialect.known.tied))
+    tied = llm.is_tied(dialect.config, dialect.known.tied)
 
     def reason(name: str, update: Update) -> str | None:
         if why := llm.no_pair(name, update):

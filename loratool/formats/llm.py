@@ -111,6 +111,11 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, **inner} if isinstance(inner, dict) else config
 
 
+def is_tied(config: Mapping[str, Any], default: bool = False) -> bool:
+    """Whether a configuration says that the output projection is the embedding."""
+    return bool(config.get("tie_word_embeddings", default))
+
+
 def size(config: Mapping[str, Any], *names: str) -> int | None:
     """The first of these fields that is set, a positive number; None where there is none. Raises FormatError."""
     for name in names:
@@ -159,7 +164,7 @@ def halved(rows: int, heads: int) -> np.ndarray:
 
 def ungrouped(rows: int, queries: int, hidden: int) -> np.ndarray:
     """The order that makes [q..., k, v] of each head, or group of heads, into all q, all k, all v."""
-    head = hidden // queries
+    head = hidden // queries if queries else 0
     groups = (rows // head - queries) // 2 if head else 0
     if head == 0 or groups < 1 or queries % groups or (queries + 2 * groups) * head != rows:
         raise FormatError(
@@ -292,7 +297,8 @@ def said(adapter: Adapter, reason: Reason) -> dict[str, Update]:
 
 
 def _apart(adapter: Adapter) -> Iterator[tuple[str, Update, str]]:
-    """(name, update, spelling) of all updates, those of stacks of experts one by one where the base tells how."""
+    """(name, update, spelling) of all updates, as plain LoRAs where they have one; those of stacks of experts one by
+    one where the base tells how."""
     config: Mapping[str, Any] | None = None
     for name, update in adapter.updates.items():
         parts: Mapping[str, Update] = {}
@@ -300,7 +306,7 @@ def _apart(adapter: Adapter) -> Iterator[tuple[str, Update, str]]:
             config = base_config(adapter) if config is None else config
             parts = one_by_one(name, update, config)
         for own, part in (parts or {name: update}).items():
-            yield own, part, adapter.spelling(name)
+            yield own, part if isinstance(part, DoRA) else as_low_rank(part) or part, adapter.spelling(name)
 
 
 def commonest(values: Iterable[Any], default: Any = None) -> Any:

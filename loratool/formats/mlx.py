@@ -3,7 +3,8 @@
 Keys are ``<module>.lora_a`` [i,r] and ``.lora_b`` [r,o], each transposed; of an Embedding ``lora_a``
 [entries,r] and ``lora_b`` [r,dim]; of a stack of experts (``switch_mlp``) [E,r,i] and [E,o,r], not transposed; of DoRA
 also ``.m``, one norm a row of the weight. ``lora_parameters.scale`` multiplies the product as it is: it is not divided
-by the rank, and an ``alpha`` beside it means nothing. ``num_layers`` counts from the last layer; ``keys`` are module
+by the rank, and an ``alpha`` beside it means nothing. Where the output projection is tied to the embedding, a LoRA of
+the embedding is one of both. ``num_layers`` counts from the last layer; ``keys`` are module
 names, within a layer or whole. With ``fine_tune_type`` full the tensors are whole weights. Older trainers left an
 ``adapters.npz`` without a configuration, older versions of mlx-vlm ``.A`` and ``.B`` beside a rank and an alpha that
 some multiplied by and others divided: nothing tells these scalings.
@@ -29,11 +30,12 @@ from loratool.formats import llm
 from loratool.formats.base import CONFIG, Evidence, Format, kept
 from loratool.keys import Layout, require_pair
 from loratool.tensors import Tensor, write_safetensors
-from loratool.update import DoRA, Update
+from loratool.update import DoRA, Layer, LowRank, Update
 
 LAYOUT = Layout(slots=(("down", ".lora_a"), ("up", ".lora_b"), ("magnitude", ".m")))
 VLM = Layout(slots=(("down", ".A"), ("up", ".B")))  # of older mlx-vlm, whose configuration has rank and alpha
 WEIGHTS = "adapters.safetensors"
+HEAD = "lm_head"
 
 # mlx-lm's own names of models whose classes differ from transformers'
 NAMES = llm.Templates(
@@ -99,6 +101,7 @@ def read(evidence: Evidence) -> Adapter:
             if name in updates:
                 raise FormatError("two modules of one name", f"{file.path}: {module} and {spellings[name]}")
             updates[name], spellings[name] = update, module
+    updates, spellings = _both_ends(updates, spellings, llm.text_config(evidence.base_config))
     if config.get("fine_tune_type") == "dora" and not all(isinstance(u, DoRA) for u in updates.values()):
         raise FormatError("fine_tune_type is dora but magnitudes are missing", file.path, "the file is incomplete")
     carried = {_whole(key): tensor for key, tensor in rest.items()}
@@ -112,6 +115,22 @@ def read(evidence: Evidence) -> Adapter:
         scaling_known=scale is not None or not updates,
     )
     return Adapter(updates, carried, metadata, spellings | {_whole(key): key for key in rest})
+
+
+def _both_ends(
+    updates: Mapping[str, Update], spellings: Mapping[str, str], config: Mapping[str, Any]
+) -> tuple[dict[str, Update], dict[str, str]]:
+    """The updates with that of a tied embedding also as that of the output projection."""
+    found, spelled = dict(updates), dict(spellings)
+    for name, update in updates.items():
+        if llm.is_tied(config) and name.endswith(("embed_tokens", "wte")):
+            found[HEAD], spelled[HEAD] = _layered(update, "plain"), spellings[name]
+    return found, spelled
+
+
+def _layered(update: Update, layer: Layer) -> Update:
+    assert isinstance(update, (LowRank, DoRA))  # what this file makes
+    return update.oriented(layer)
 
 
 def _config(evidence: Evidence) -> Mapping[str, Any]:
@@ -194,15 +213,28 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 def _reason(adapter: Adapter) -> llm.Reason:
     some_dora = any(isinstance(update, DoRA) for update in adapter.updates.values())
+    alone = _one_end(adapter) if llm.is_tied(llm.base_config(adapter)) else None
 
     def reason(name: str, update: Update) -> str | None:
         if why := llm.no_pair(name, update, dora=True):
             return why
+        if alone and (name == HEAD or llm.is_embedding(name)):
+            return alone
         if isinstance(update, DoRA):
             return "a DoRA of an expert" if llm.in_stack(name, EXPERTS) else None
         return "a LoRA beside DoRA modules; fine_tune_type holds for all" if some_dora else None
 
     return reason
+
+
+def _one_end(adapter: Adapter) -> str | None:
+    """Why a tied pair cannot be said: mlx-lm has one module for both; None where both have the same LoRA."""
+    ends = [u for n, u in adapter.updates.items() if n == HEAD or n.endswith(("embed_tokens", "wte"))]
+    same = len(ends) == 2 and all(isinstance(end, type(ends[0])) and end.scaling == ends[0].scaling for end in ends[1:])
+    if same:
+        one, other = (end.slots for end in ends)
+        same = one.keys() == other.keys() and all(tensor.same_values(other[slot]) for slot, tensor in one.items())
+    return None if same else "the embedding and the output projection are tied: to mlx-lm they are one module"
 
 
 @dataclass(frozen=True)
@@ -216,8 +248,10 @@ class _Plan:
 
 def write(adapter: Adapter, path: Path) -> None:
     """Write a folder that mlx-lm loads."""
-    updates = llm.said(adapter, _reason(adapter))
     config = llm.base_config(adapter)
+    updates = llm.said(adapter, _reason(adapter))
+    if llm.is_tied(config):
+        updates.pop(HEAD, None)  # the embedding's is the same
     lows = [low for update in updates.values() if (low := llm.low_rank(update))]
     plan = _Plan(
         rank=max((low.rank for low in lows), default=8),

@@ -114,10 +114,13 @@ def _update(name: str, slots: Mapping[str, Tensor], scaling: Any, config: Mappin
 
 def _reason(adapter: Adapter) -> llm.Reason:
     some_dora = any(isinstance(update, DoRA) for update in adapter.updates.values())
+    tied = llm.is_tied(llm.base_config(adapter))
 
     def reason(name: str, update: Update) -> str | None:
         if why := llm.no_pair(name, update, dora=True):
             return why
+        if tied and NAMES.there(name) == "output":
+            return "an output projection that is tied to the embedding, which torchtune does not train"
         if NAMES.there(name) is None:
             return "torchtune trains no such module"
         return "a LoRA beside DoRA modules; use_dora holds for all" if some_dora != isinstance(update, DoRA) else None
