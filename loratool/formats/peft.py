@@ -733,7 +733,8 @@ def configuration(
 
     The source's own where it still says the same.
     """
-    source = dict(adapter.metadata.config) if "peft_type" in adapter.metadata.config else {}
+    lora = str(adapter.metadata.config.get("peft_type", "")).upper() == "LORA"  # another tuner's says nothing of a LoRA
+    source = dict(adapter.metadata.config) if lora else {}
     ranks = {rule: pair.rank or 1 for rule, pair in pairs.items()}
     alphas = {rule: number(pair.explicit_alpha) for rule, pair in pairs.items()}
     rank_stabilised = any(pair.rank_stabilised for pair in pairs.values())
