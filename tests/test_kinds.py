@@ -562,6 +562,16 @@ def test_ofts_of_older_peft() -> None:
     close(PeftOldOFT(blocks).apply(w.T), r.T @ w.T)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_bound_of_older_peft_goes_by_the_outputs(shared: bool) -> None:
+    """`coft` before 0.16: eps x ceil(outputs / blocks)^2 / sqrt(stored blocks), though the inputs are turned."""
+    blocks, gain, eps = normal(1 if shared else 3, 4, 4), normal(6, 1, seed=1), 0.2
+    limit = eps * 2**2 / math.sqrt(len(blocks.array()))
+    short = np.stack([b * min(1.0, limit / np.linalg.norm(b)) for b in wide(blocks)])
+    update = PeftOldOFT(blocks, gain, shared, eps, weight=(6, 12))
+    close(update.apply(base(6, 12)), replace(update, oft_r=Tensor.of(short), eps=None).apply(base(6, 12)))
+
+
 @pytest.mark.parametrize(
     "update",
     [

@@ -503,8 +503,8 @@ class PeftOldOFT(Rotation):
     """PEFT's OFT before 0.16, R = (1 - K) (1 + K)^-1 with K = (B - B^T) / 2 for each block B of oft_r.
 
     oft_r [n,b,b], one block where ``block_share``. With oft_s (0.14, 0.15; one value for each output) W' = oft_s *
-    (W R^T); without (0.11 to 0.13) the outputs are turned, W'_k = R_k^T W_k. ``eps`` as configured, times b^2,
-    bounds the blocks (`coft`).
+    (W R^T); without (0.11 to 0.13) the outputs are turned, W'_k = R_k^T W_k. ``eps`` as configured bounds the blocks
+    (`coft`), times the square of the outputs by the number of blocks, rounded up.
     """
 
     oft_r: Tensor
@@ -545,8 +545,20 @@ class PeftOldOFT(Rotation):
     def slots(self) -> Mapping[str, Tensor]:
         return {"oft_r": self.oft_r, **({} if self.oft_s is None else {"oft_s": self.oft_s})}
 
+    @property
+    def _outputs(self) -> int:
+        return self.oft_s.size if self.oft_s is not None else self._count * self.span
+
+    @property
+    def _count(self) -> int:
+        """Blocks of the layer, where one stands for all; as many as stored where its shape is not known."""
+        if not self.block_share or not self.weight:
+            return self.oft_r.shape[0]
+        rows, columns = self.weight[0], math.prod(self.weight[1:])
+        return (rows if self.by_rows else columns) // self.span
+
     def stages(self) -> list[Stage]:
-        limit = None if self.eps is None else self.eps * self.span**2
+        limit = None if self.eps is None else self.eps * math.ceil(self._outputs / self._count) ** 2
         turn = cayley(-skew(shortened(values(self.oft_r), limit)) / 2)
         return [Stage(turn if self.on_input else np.swapaxes(turn, -1, -2))]
 
