@@ -10,8 +10,9 @@ import pytest
 
 import loratool
 from loratool.adapter import Adapter, Metadata
-from loratool.errors import MatchError
+from loratool.errors import MatchError, UsageError
 from loratool.kinds.experts import Experts
+from loratool.model import read_model
 from loratool.ops.add import add
 from loratool.ops.combine import Recipe, combine
 from loratool.ops.rank import rank_adapter
@@ -19,6 +20,7 @@ from loratool.ops.resize import resize
 from loratool.ops.spectral import Choice
 from loratool.ops.stacks import apart, stacks_of, together
 from loratool.tensors import Tensor
+from tests import samples
 from tests.samples import assert_same_adapter, low, normal
 
 E, R = 3, 4
@@ -121,3 +123,50 @@ def test_stacks_of_other_sizes_do_not_go_together() -> None:
     other = Experts(normal(2 * R, 5), normal(7, 2 * R), 2, 6.0)
     with pytest.raises(MatchError, match="stacks of 3 and of 2 experts"):
         add([adapter(stack()), adapter(other)])
+
+
+# -- extraction ----------------------------------------------------------------------------------------------
+
+
+def models_of(folder: Path, model_type: str, *shape: int) -> tuple[Path, Path, np.ndarray]:
+    """Two models that differ in a stack by rank two for each expert but the last; and the difference."""
+    change = np.stack([low(*shape[1:], 2, seed=n).delta() for n in range(shape[0])])
+    change[-1] = 0
+    before = normal(*shape, seed=20).array()
+    paths = []
+    for name, values in (("base", before), ("tuned", before + change)):
+        tensors = {NAME: Tensor.of(values), "mlp.experts.down_proj_bias": normal(shape[0], 2)}
+        paths.append(samples.model(folder / name, tensors, {"model_type": model_type}))
+    return paths[0], paths[1], (before + change) - before
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_experts_are_extracted_one_by_one(model_type: str, tmp_path: Path) -> None:
+    base, tuned, change = models_of(tmp_path, model_type, 3, 9, 8)
+    report = loratool.extract(base, tuned, rank=4, out=tmp_path / "lora")
+    found = loratool.read(tmp_path / "lora").updates[NAME]
+    assert isinstance(found, Experts) and (found.experts, found.rank) == (3, 4) and not report.carried
+    (fitting,) = [one for one in found.orders(model_type == "gpt_oss") if one.shape == change.shape]
+    np.testing.assert_allclose(fitting.delta(), change, atol=1e-5)
+    assert {module.module for module in report.modules} == {f"{NAME}.0", f"{NAME}.1"}
+    loratool.merge(base, tmp_path / "lora", out=tmp_path / "merged")
+    merged, wanted = (read_model(p).parameters[NAME][0].tensor.array() for p in (tmp_path / "merged", tuned))
+    np.testing.assert_allclose(merged, wanted, atol=1e-5)
+
+
+def test_stacks_without_a_difference_are_left_out(tmp_path: Path) -> None:
+    base, _, _ = models_of(tmp_path, "mixtral", 3, 9, 8)
+    loratool.extract(base, base, rank=4, out=tmp_path / "lora")
+    assert not loratool.read(tmp_path / "lora").updates
+
+
+def test_a_size_holds_for_stacks(tmp_path: Path) -> None:
+    """Experts of one stack are stored with one rank, also those that need none."""
+    before, change = normal(12, 40, 30).array(), np.zeros((12, 40, 30), np.float32)
+    change[0] = normal(40, 30, seed=1).array()
+    base, tuned = (samples.model(tmp_path / name, {NAME: Tensor.of(v)}) for name, v in
+                   (("base", before), ("tuned", before + change)))  # fmt: skip
+    loratool.extract(base, tuned, max_size=20_000, out=tmp_path / "lora")
+    assert (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size <= 20_000
+    with pytest.raises(UsageError, match="rank 1 of all 12 experts"):
+        loratool.extract(base, tuned, max_size=4_000, out=tmp_path / "none")

@@ -13,14 +13,16 @@ import numpy as np
 
 from loratool.adapter import Adapter, Metadata
 from loratool.architectures import Slot
-from loratool.architectures.llm import EMBEDDING_LEAVES, Tie
+from loratool.architectures.llm import EMBEDDING_LEAVES, Tie, experts_transposed
 from loratool.devices import one_blas_thread
 from loratool.errors import FormatError, LossError, MatchError, NumericError, UsageError, some
+from loratool.kinds.experts import Experts
 from loratool.linalg import EXACT_SIDE, Truncation, adaptive_svd, exact_svd, rank_for_error, to_numpy, truncated_svd
 from loratool.model import Location, Model, pick
 from loratool.names import Names, Unmatched, has_number, module_of, stores_transposed
 from loratool.ops.changes import extreme, with_head
 from loratool.ops.spectral import Choice, ModuleResult, Piece, Result, choose_ranks, header_size
+from loratool.ops.stacks import hollow, together
 from loratool.plan import thread_count
 from loratool.tensors import DTYPES, FLOATS, Array, Tensor
 from loratool.update import Layer, LowRank, Update, trimmed
@@ -111,6 +113,7 @@ class Survey:
     missing: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    stacks: dict[str, Experts] = field(default_factory=dict)
     prefix: str = ""
 
     def require(self) -> None:
@@ -242,6 +245,8 @@ def _enter(found: Survey, name: str, slot: Slot, place: Slot, base: Model, tuned
             found.misfits.append(f"{name} ({list(one.shape)} in the base, {list(other.shape)} in the tuned model)")
         elif not any(tensor is to.tensor for tensor in found.carried.values()):  # else a head tied in both
             found.carried[name] = to.tensor
+    elif _is_stack(name, one.shape) and slot == Slot(slot.tensor) and base.architecture is None:
+        _enter_stack(found, name, one.tensor, other.tensor, base)
     elif _worth(name, one.shape):
         found.pairs.append(Pair(name, one, other, _layer(name, slot, base)))
     elif not _same(one.handle(), other.handle()):
@@ -287,6 +292,22 @@ def _worth(name: str, shape: tuple[int, ...]) -> bool:
         return False
     rest = math.prod(shape[1:])
     return shape[0] > 1 and rest > 1 and shape[0] + rest < shape[0] * rest
+
+
+def _is_stack(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is a stack of experts: bare, of three axes, each expert a matrix of some size."""
+    bare = len(shape) == 3 and not name.endswith((".weight", ".bias"))
+    return bare and shape[0] > 1 and _worth(".weight", shape[1:])
+
+
+def _enter_stack(found: Survey, name: str, one: Tensor, other: Tensor, base: Model) -> None:
+    """Each expert of a stack as a pair of its own, ``<name>.<number>``."""
+    experts, *shape = one.shape
+    layer: Layer = "transposed" if experts_transposed(base.config_of(name)) else "plain"
+    for number in range(experts):
+        at, to = (View(tensor.slice(number, number + 1).reshape(*shape)) for tensor in (one, other))
+        found.pairs.append(Pair(f"{name}.{number}", at, to, layer))
+    found.stacks[found.prefix + name] = hollow(experts, "transposed" if layer == "transposed" else "plain")
 
 
 def _layer(name: str, slot: Slot, model: Model) -> Layer:
@@ -392,10 +413,26 @@ def extract(
     ranks: Mapping[str, int] = {}
     if choice.max_size is not None:
         files = {f"{w.name}{n}": "x" * 90 for n, m in enumerate((base, tuned)) for w in m.weights}
-        ranks = ranks_for_size(found, task, choice.max_size, header_size({}, files, {}))
+        ranks = _evened(ranks_for_size(found, task, choice.max_size, header_size({}, files, {})), found)
     make = lambda pair: _made(pair, task, ranks.get(pair.name))  # noqa: E731
     made = {p.name: m for p, m in each_pair(make, found.pairs, task.threads, progress) if m is not None}
     return _result(found, made, base, choice)
+
+
+def _evened(ranks: Mapping[str, int], found: Survey) -> dict[str, int]:
+    """Ranks with one for all experts of a stack, which are stored so: what they got together, shared out.
+
+    Raises UsageError where that is not enough for one each.
+    """
+    evened = dict(ranks)
+    for stack, like in found.stacks.items():
+        members = [f"{stack.removeprefix(found.prefix)}.{number}" for number in range(like.experts)]
+        share = sum(ranks.get(name, 0) for name in members) // like.experts
+        chosen = [name for name in members if name in ranks]
+        if chosen and not share:
+            raise UsageError(f"rank 1 of all {like.experts} experts of {stack} is larger than --max-size")
+        evened.update(dict.fromkeys(chosen, share))
+    return evened
 
 
 def _check_first(check: Callable[[Adapter], object], found: Survey, base: Model, task: Task) -> None:
@@ -413,7 +450,8 @@ def _planned(found: Survey, pairs: Iterable[Pair], base: Model, task: Task) -> A
     for pair in pairs:
         piece = Piece(_NOTHING, pair.shape, task.dtype or pair.base.tensor.dtype, pair.layer)
         updates[found.prefix + module_of(pair.name)] = piece.hollow(1)
-    return Adapter(updates, {found.prefix + n: t for n, t in found.carried.items()}, _metadata(found, base))
+    carried = {found.prefix + n: t for n, t in found.carried.items()}
+    return together(Adapter(updates, carried, _metadata(found, base)), found.stacks)
 
 
 _NOTHING = Truncation(np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0)), 0.0)
@@ -540,8 +578,9 @@ def _result(found: Survey, made: Mapping[str, Made], base: Model, choice: Choice
         modules.append(Extracted(module, one.update.rank, math.sqrt(share), max(0.0, 1 - share), needed))
     lost, whole = sum(m.lost for m in made.values()), sum(m.whole for m in made.values())
     known = [one.known for one in made.values()]
+    carried = {found.prefix + n: t for n, t in found.carried.items()}
     return Extraction(
-        Adapter(updates, {found.prefix + n: t for n, t in found.carried.items()}, _metadata(found, base)),
+        together(Adapter(updates, carried, _metadata(found, base)), found.stacks),
         tuple(modules),
         math.sqrt(lost / whole) if whole > 0 else 0.0,
         tuple(_warnings(found, modules, choice)),

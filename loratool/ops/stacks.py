@@ -9,7 +9,7 @@ import numpy as np
 
 from loratool.adapter import Adapter
 from loratool.errors import MatchError
-from loratool.kinds.experts import Experts
+from loratool.kinds.experts import Experts, Order
 from loratool.model import Model
 from loratool.ops.compare import placed
 from loratool.ops.spectral import Result
@@ -33,6 +33,16 @@ def stacks_of(adapters: Sequence[Adapter], model: Model | None = None) -> dict[s
 def _oriented(name: str, stack: Experts, model: Model | None) -> Experts:
     update = placed(name, stack, model)[0]
     return update if isinstance(update, Experts) else stack
+
+
+def hollow(experts: int, order: Order) -> Experts:
+    """A stack that only tells how many experts there are, and how the base stores them."""
+    return Experts(
+        Tensor.of(np.zeros((experts, 1), np.float32)),
+        Tensor.of(np.zeros((1, experts), np.float32)),
+        experts,
+        order=order,
+    )
 
 
 def apart(adapter: Adapter, model: Model | None = None) -> Adapter:
