@@ -158,7 +158,9 @@ def tuners(o: int = 8, i: int = 12, r: int = 4) -> Mapping[str, Update]:
             index_up=whole(o, r, limit=10),
             scale_up=normal(o, r),
         ),
-        "tinylora": factored.Tinylora(theta=normal(3), projection=normal(3, r, r), down=normal(r, i), up=normal(o, r)),
+        "tinylora": factored.Tinylora(
+            thetas=(normal(3),), projection=normal(3, r, r), down=normal(r, i), up=normal(o, r)
+        ),
         "fourierft": composed.Fourier(**seeded),
         "fourierft_transposed": composed.Fourier(**seeded, layer="transposed"),
         "waveft": composed.Wavelet(**seeded),

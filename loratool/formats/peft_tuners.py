@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from loratool.adapter import Adapter, is_bias
-from loratool.errors import FormatError
+from loratool.errors import FormatError, MatchError
 from loratool.formats.base import CONFIG, Evidence
 from loratool.formats.peft_config import Patterns, listed
 from loratool.keys import Layout
@@ -46,8 +46,10 @@ from loratool.kinds.factored import (
     Mixtures,
     Pvera,
     RandLora,
+    Tinylora,
     Unilora,
     Vera,
+    drawn,
 )
 from loratool.kinds.hadamard import LoHa
 from loratool.kinds.kronecker import LoKr
@@ -55,7 +57,9 @@ from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import PeftBOFT, PeftOFT, PeftOldOFT
 from loratool.kinds.tokens import Tokens
 from loratool.kinds.tuner import Fixed, axes
-from loratool.tensors import Tensor
+from loratool.model import Model
+from loratool.names import Names, Unmatched, stores_transposed
+from loratool.tensors import FLOATS, Tensor
 from loratool.update import LowRank, Update
 
 PREFIX = "base_model.model."
@@ -66,10 +70,15 @@ Slots = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Words:
-    """The configuration, read with its types checked. ``where`` is named in errors."""
+    """The configuration, read with its types checked. ``where`` is named in errors.
+
+    ``pool`` are numbered tensors of the whole adapter, ``modules`` is the number of its modules.
+    """
 
     table: Mapping[str, Any]
     where: Path
+    pool: tuple[Tensor, ...] = ()
+    modules: int = 0
 
     def number(self, name: str, default: float) -> float:
         """A finite number. Raises FormatError."""
@@ -132,6 +141,8 @@ class Row:
     gain: tuple[str, ...] = ()
     settings: Callable[[Words, Slots, str], dict[str, Any]] = lambda words, slots, module: {}
     told: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda updates: {}
+    pool: str = ""  # the stem of numbered tensors under ``base_model.`` that every module gets
+    drawn: Callable[[Words, int, int], Slots] | None = None  # what was not saved, for the widest [o,i]
     check: Callable[[Words], None] = lambda words: None
     agrees: Callable[[Mapping[str, Any]], bool] = lambda updates: True  # what PEFT has no other word for
     build: Callable[[Row, Words, Slots, str], dict[str, Update]] = lambda *of: {"": _from_fields(*of)}
@@ -192,9 +203,13 @@ def read(
     modules, rest = row.layout.group(own, normalise, evidence.weights)
     updates: dict[str, Update] = {}
     used: set[str] = set()
+    if row.drawn is not None and not shared:
+        shared = _drawn(row, words, evidence.base, modules)
+    words = replace(words, pool=_pool(row, shared), modules=len(modules))
     for module, slots in modules.items():
         keys = {name: f"{key}{row.family(module)}" for name, key in row.shared}
         try:
+            _check_floats(slots)
             found = row.build(row, words, _uncopied(slots, lent := _lent(keys, shared)) | lent, module)
         except FormatError as error:
             raise FormatError(error.what, error.where or f"{evidence.weights}: {module}", error.hint) from None
@@ -203,10 +218,21 @@ def read(
     if not updates:
         raise FormatError(f"a {row.name} adapter without a module's tensors", evidence.weights, row.bare)
     stems = {suffix.split("_")[0] + "_" for _, suffix in row.slots}
+    used.update(name for name in shared if row.pool and name.startswith(f"{row.pool}."))
     strays = [SHARED + name for name in shared.keys() - used]
     if strays := strays + [key for key in rest if any(stem in key for stem in stems)]:
         raise FormatError("a tensor whose meaning is unknown", f"{evidence.weights}: {strays[0]}")
     return updates, rest, {target: PREFIX + target for target in updates}
+
+
+_INTEGERS = frozenset(["index", "index_up", "index_down"])
+
+
+def _check_floats(slots: Slots) -> None:
+    """Raise FormatError for a tensor of a dtype that nothing is computed from."""
+    for slot, tensor in slots.items():
+        if tensor.dtype not in FLOATS and slot not in _INTEGERS:
+            raise FormatError(f"{slot} is stored as {tensor.dtype}")
 
 
 def _apart(row: Row, evidence: Evidence) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -215,11 +241,48 @@ def _apart(row: Row, evidence: Evidence) -> tuple[dict[str, Tensor], dict[str, T
     own: dict[str, Tensor] = {}
     for key, tensor in evidence.file.tensors.items():
         name = key.removeprefix(SHARED)
-        if name == key or not any(name == stem or name.startswith(f"{stem}.") for _, stem in row.shared):
+        stems = [stem for _, stem in row.shared] + [row.pool] * bool(row.pool)
+        if name == key or not any(name == stem or name.startswith(f"{stem}.") for stem in stems):
             own[key] = tensor
         elif shared.setdefault(name.removesuffix(".default"), tensor) is not tensor:
             raise FormatError("two tensors of one name", f"{evidence.weights}: {key}")
     return shared, own
+
+
+def _pool(row: Row, shared: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The tensors of the pool by number. Raises FormatError where a number is left out."""
+    numbered = {name.removeprefix(f"{row.pool}."): t for name, t in shared.items() if name.startswith(f"{row.pool}.")}
+    if row.pool and sorted(numbered) != sorted(str(n) for n in range(len(numbered))):
+        raise FormatError(f"{SHARED}{row.pool} is numbered {', '.join(sorted(numbered)[:5])}")
+    return tuple(numbered[str(n)] for n in range(len(numbered))) if row.pool else ()
+
+
+def _drawn(row: Row, words: Words, base: Model | None, modules: Iterable[str]) -> dict[str, Tensor]:
+    """Shared tensors that were not saved: drawn for the widest of the base's modules, which these names mean.
+
+    Raises MatchError where the base is not known, or lacks a module.
+    """
+    if base is None:
+        raise MatchError(
+            "the projection is not in the file: it is drawn for the widest modules of the base",
+            words.where,
+            "give --base, or save it in PEFT with save_projection=True",
+        )
+    assert row.drawn is not None
+    found = Names(base.places)
+    sides = [(0, 0)]
+    for module in modules:
+        hit = found.find_target(module)
+        if isinstance(hit, Unmatched):
+            raise MatchError("a module has no target in the base", str(hit))
+        place = base.places[hit[0]]
+        shape = place.shape(base.shape(place.tensor))
+        turned = stores_transposed(place.tensor, base)
+        height, width = shape[0], math.prod(shape[1:])
+        flipped = turned or (turned is None and words.flag("fan_in_fan_out"))
+        sides.append((width, height) if flipped else (height, width))
+    values = row.drawn(words, max(o for o, _ in sides), max(i for _, i in sides))
+    return {key: values[name] for name, key in row.shared}
 
 
 def _lent(keys: Mapping[str, str], shared: Mapping[str, Tensor]) -> Slots:
@@ -282,13 +345,17 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def written(adapter: Adapter, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The stored tensors of all updates by key, and adapter_config.json."""
     tensors: dict[str, Tensor] = {}
+    config = configuration(adapter, row)
+    unsaved = row.drawn is not None and config.get("save_projection") is False
     for module, updates in _by_module(adapter.updates).items():
         slots = row.take(row, updates)
         tensors |= {f"{PREFIX}{module}{suffix}": slots[name] for name, suffix in row.slots if name in slots}
         tensors |= {f"{PREFIX}{module}{suffix}": getattr(updates[""], name) for name, suffix in row.copied}
-        shared = {f"{SHARED}{key}{row.family(module)}": getattr(updates[""], name) for name, key in row.shared}
-        tensors |= shared
-    return tensors, configuration(adapter, row)
+        if not unsaved:
+            tensors |= {f"{SHARED}{key}{row.family(module)}": getattr(updates[""], name) for name, key in row.shared}
+        pool: Sequence[Tensor] = getattr(updates[""], "thetas", ()) if row.pool else ()
+        tensors |= {f"{SHARED}{row.pool}.{n}": tensor for n, tensor in enumerate(pool)}
+    return tensors, config
 
 
 def _by_module(updates: Mapping[str, Update]) -> dict[str, dict[str, Update]]:
@@ -381,6 +448,32 @@ def _transposed(updates: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rank(updates: Mapping[str, Any]) -> dict[str, Any]:
     return {"r": only(updates, lambda u: u.rank), **_transposed(updates)}
+
+
+def _vera_drawn(times: int) -> Callable[[Words, int, int], Slots]:
+    """VeRA's projections, those of the inputs ``times`` as many."""
+
+    def draw(words: Words, out: int, inner: int) -> Slots:
+        r = words.count("r", 256)
+        down, up = drawn(words.count("projection_prng_key", 0), (times * r, inner), (out, r))
+        return {"down": down, "up": up}
+
+    return draw
+
+
+def _tinylora(row: Row, words: Words, slots: Slots, module: str) -> dict[str, Update]:
+    """A module of TinyLoRA; which of the vectors is its own is looked for when values are asked for."""
+    if slots.keys() != {"projection", "down", "up"}:
+        raise FormatError(
+            f"a module with {', '.join(sorted(slots))}",
+            hint="without its projection it cannot be told which vector it has: save it with save_projection=True",
+        )
+    told = {
+        "seed": words.count("projection_seed", 42),
+        "tying": float(words.number("weight_tying", 0.0)),
+        "modules": words.modules,
+    }
+    return {"": Tinylora(thetas=words.pool, **slots, **told)}  # type: ignore[arg-type]
 
 
 def _refuse(name: str, why: str) -> Callable[[Words], None]:
@@ -735,6 +828,7 @@ ROWS: tuple[Row, ...] = (
         (Vera,),
         (("scale_up", ".vera_lambda_b"), ("scale_down", ".vera_lambda_d")),
         shared=(("down", "vera_A"), ("up", "vera_B")),
+        drawn=_vera_drawn(1),
         gain=("scale_up",),
         told=lambda updates: {**_rank(updates), "save_projection": True},
     ),
@@ -743,6 +837,7 @@ ROWS: tuple[Row, ...] = (
         (Pvera,),
         (("scale_up", ".pvera_lambda_b"), ("scale_down", ".pvera_lambda_d")),
         shared=(("down", "pvera_A"), ("up", "pvera_B")),
+        drawn=_vera_drawn(2),
         gain=("scale_up",),
         check=_refuse("sample_at_inference", "the change is drawn anew at each step"),
         told=lambda updates: {**_rank(updates), "save_projection": True},
@@ -838,6 +933,24 @@ ROWS: tuple[Row, ...] = (
             "theta_d_length": only(updates, lambda u: u.theta.size),
             "save_indices": True,
         },
+    ),
+    Row(
+        "TINYLORA",
+        (Tinylora,),
+        (("projection", ".tinylora_P"), ("down", ".tinylora_A"), ("up", ".tinylora_B")),
+        pool="tinylora_v",
+        build=_tinylora,
+        told=lambda updates: {
+            "r": max(u.rank for u in updates.values()),
+            "u": only(updates, lambda u: u.projection.shape[0]),
+            "weight_tying": only(updates, lambda u: u.tying),
+            "projection_seed": only(updates, lambda u: u.seed),
+            "save_projection": True,
+        },
+        agrees=lambda updates: (
+            all(u.modules == len(updates) for u in updates.values())
+            and len({tuple(map(id, u.thetas)) for u in updates.values()}) == 1
+        ),
     ),
     Row(
         "FOURIERFT",
@@ -1048,5 +1161,7 @@ WORDS: tuple[str, ...] = tuple(dict.fromkeys(row.name.lower() for row in ROWS))
 
 REFUSED: Mapping[str, str] = {
     "PSOFT": "it turns singular vectors of the base, whose signs are a matter of the library that finds them",
+    "PEANUT": "it changes the weight by a small network of that weight, which is not supported",
+    "SHADOW": "a second model runs beside the base, it is no change of weights",
     "ADAMSS": "which outputs its blocks stand for is found by clustering the base, and not in the file",
 }

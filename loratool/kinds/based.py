@@ -252,6 +252,7 @@ class Glora(Tuner):
             elif len(path) != 1 or len(path[0].shape) not in (1, 2):
                 raise FormatError(f"{name} is neither a pair nor one tensor")
         axes(1, glora_D=self.bias_scale, glora_E=self.bias_shift)
+        axes(2, glora_C=self.column)
         sizes = {n for path in (self.scale, self.shift) for n in _sizes(path)}
         if len({o for o, _ in sizes} - {0}) > 1 or len({i for _, i in sizes} - {0}) > 1:
             raise FormatError(f"glora_A and glora_B are of weights of different shapes: {sorted(sizes)}")

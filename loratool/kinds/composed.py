@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from loratool.errors import FormatError, LoratoolError
-from loratool.kinds.factored import entries
+from loratool.errors import FormatError
+from loratool.kinds.factored import entries, torch_of
 from loratool.kinds.tuner import Composed, axes, chained, double
 from loratool.kinds.wavelets import Synthesis, order, synthesis
 from loratool.tensors import Tensor
@@ -27,11 +27,7 @@ def places(count: int, shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, n
 
     Raises LoratoolError where torch is not installed.
     """
-    try:
-        import torch
-    except ImportError:
-        hint = "pip install 'loratool[torch]'"
-        raise LoratoolError("torch is not installed, and only it makes the places of these values", hint=hint) from None
+    torch = torch_of("the places of these values")
     drawn = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))[:count]
     rows, columns = np.divmod(drawn.numpy(), shape[1])
     return rows, columns

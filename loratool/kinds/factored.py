@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
 import numpy as np
 
-from loratool.errors import FormatError
+from loratool.errors import FormatError, LoratoolError
 from loratool.kinds.tuner import Factored, axes, chained, double
 from loratool.tensors import Tensor
 from loratool.update import LowRank
@@ -38,7 +39,7 @@ class AdaLora(Factored):
     def check(self) -> None:
         axes(2, lora_A=self.down, lora_B=self.up, lora_E=self.singular)
         chained(rank=(("lora_A", self.down, 0), ("lora_B", self.up, 1), ("lora_E", self.singular, 0)))
-        if self.singular.shape[1] != 1 or self.init_r < 1:
+        if self.singular.shape[1] != 1 or self.init_r < 1 or 0 in self.known:
             raise FormatError(f"lora_E of shape {list(self.singular.shape)}, init_r {self.init_r}")
 
     @property
@@ -450,21 +451,28 @@ class Unilora(Factored):
 class Tinylora(Factored):
     """TinyLoRA: delta = up @ (sum_n theta[n] projection[n]) @ down, factors frozen from the base's own SVD.
 
-    down [r,i], up [o,r], projection [u,r,r] random, theta [u] shared by a group of modules.
+    down [r,i], up [o,r], projection [u,r,r], thetas the [u] of each group of modules. Which group a module is of, only
+    its projection tells: it was drawn from ``seed`` plus the module's number among ``modules``.
     """
 
     word: ClassVar[str] = "tinylora"
-    theta: Tensor
+    thetas: tuple[Tensor, ...]
     projection: Tensor
     down: Tensor
     up: Tensor
+    seed: int = 42
+    modules: int = 1
+    tying: float = 0.0
 
     def check(self) -> None:
         axes(2, tinylora_A=self.down, tinylora_B=self.up)
         r = self.rank
-        if self.up.shape[1] != r or self.projection.shape != (*self.theta.shape, r, r):
-            shapes = [list(t.shape) for t in (self.down, self.up, self.projection, self.theta)]
-            raise FormatError(f"factors, projection and vector of shapes {shapes} do not chain")
+        shapes = {theta.shape for theta in self.thetas}
+        if self.up.shape[1] != r or len(shapes) != 1 or self.projection.shape != (*shapes.pop(), r, r):
+            found = [list(t.shape) for t in (self.down, self.up, self.projection, *self.thetas[:1])]
+            raise FormatError(f"factors, projection and vector of shapes {found} do not chain")
+        if not 0 <= self.tying <= 1 or not 0 < len(self.thetas) <= self.modules <= 1 << 20:
+            raise FormatError(f"{len(self.thetas)} vectors for {self.modules} modules, weight_tying {self.tying}")
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -474,9 +482,60 @@ class Tinylora(Factored):
     def rank(self) -> int:
         return self.down.shape[0]
 
+    def theta(self) -> np.ndarray:
+        """The vector of the module's group. Raises FormatError where no number gives its projection."""
+        if len(self.thetas) == 1:
+            return double(self.thetas[0])
+        groups = max(1, round(self.modules * (1.0 - self.tying)))
+        number = self._number()
+        group = min(number // max(1, self.modules // groups), groups - 1)
+        if group >= len(self.thetas):
+            raise FormatError(f"{len(self.thetas)} vectors for {groups} groups of modules")
+        return double(self.thetas[group])
+
+    def _number(self) -> int:
+        """The module's number, by which PEFT seeded its projection."""
+        torch, stored, shape = torch_of("the numbers of modules"), self.projection.array(), self.projection.shape
+        for number in range(self.modules):
+            drawn = torch.Generator().manual_seed(self.seed + number)
+            values = torch.normal(0.0, 1.0 / self.rank**0.5, shape, generator=drawn)
+            if np.array_equal(Tensor.of(values.numpy(), self.projection.dtype).array(), stored):
+                return number
+        raise FormatError(f"the projection was not drawn from projection_seed {self.seed}")
+
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
-        inner = np.einsum("u,urs->rs", double(self.theta), double(self.projection))
+        inner = np.einsum("u,urs->rs", self.theta(), double(self.projection))
         return double(self.up), inner @ double(self.down)
+
+
+def torch_of(what: str) -> Any:
+    """The module torch. Raises LoratoolError where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        hint = "pip install 'loratool[torch]'"
+        raise LoratoolError(f"torch is not installed, and only its generator makes {what}", hint=hint) from None
+    return torch
+
+
+def drawn(seed: int, *shapes: tuple[int, int]) -> list[Tensor]:
+    """Matrices that PEFT draws one after the other from one generator, each uniform for its second axis.
+
+    They are made when they are read, all together: with torch, bit for bit as PEFT does.
+    """
+
+    @cache
+    def values() -> list[np.ndarray]:
+        torch = torch_of("projections that are not stored")
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        bounds = [math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1])) for shape in shapes]
+        pairs = zip(shapes, bounds, strict=True)
+        return [torch.empty(shape).uniform_(-bound, bound, generator=generator).numpy() for shape, bound in pairs]
+
+    def one(n: int) -> Tensor:
+        return Tensor("F32", shapes[n], lambda start, stop: values()[n][start:stop])
+
+    return [one(n) for n in range(len(shapes))]
 
 
 KINDS = (AdaLora, Vera, Pvera, Delora, Mixtures, ChosenMixtures, RandLora, Gralora, Miss, Bone, Unilora, Tinylora)

@@ -114,11 +114,8 @@ def chained(**axes: tuple[tuple[str, Tensor, int], ...]) -> None:
     ``chained(rank=(("A", a, 0), ("B", b, 1)))``
     """
     for word, ends in axes.items():
-        lengths = {
-            name: tensor.shape[axis] if -len(tensor.shape) <= axis < len(tensor.shape) else None
-            for name, tensor, axis in ends
-        }
-        if len(set(lengths.values())) > 1 or None in lengths.values():
+        lengths = {t.shape[axis] if -len(t.shape) <= axis < len(t.shape) else None for _, t, axis in ends}
+        if len(lengths) > 1 or None in lengths:
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor, _ in ends)
             raise FormatError(f"the tensors disagree about the {word}: {shapes}")
 
