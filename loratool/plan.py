@@ -131,7 +131,9 @@ def _block_bytes(step: Step) -> int:
     rows = block_rows(step.shape)
     elements = rows * (step.base.size // max(step.base.rows, 1))
     stored = elements * (DTYPES[step.base.dtype].bits + DTYPES[step.dtype].bits) // 8
-    return stored + (elements * 4 * 4 if step.computes else 0)
+    mixed = max((part.update.mixes for part in step.parts), default=1)
+    reached = min(rows + 2 * mixed, step.base.rows) * (elements // rows) if mixed > 1 else 0  # read, turned, kept
+    return stored + (elements * 4 * 4 if step.computes else 0) + reached * 4 * 6
 
 
 def _factor_bytes(step: Step) -> int:

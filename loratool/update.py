@@ -129,6 +129,11 @@ class Update(ABC):
         """What multiplies the product of the factors."""
         return 1.0
 
+    @property
+    def mixes(self) -> int:
+        """How many neighbouring rows of the weight one row of the result needs: whole multiples of so many."""
+        return 1
+
     def apply(self, base: Array, strength: float = 1.0) -> Array:
         """W + strength x (W' - W) for a whole weight, in float32 or wider (for tests and small weights)."""
         flat = base.reshape(base.shape[0], -1)
@@ -183,6 +188,8 @@ class LowRank(Additive):
         down, up = self.down.shape, self.up.shape
         if len(down) < 2 or len(up) < 2 or math.prod(up[2:]) != 1 or 0 in (*down, *up):
             raise FormatError(f"factors of shapes down {list(down)} and up {list(up)} are no LoRA pair")
+        if self.mid is not None and len(self.mid.shape) < 2:
+            raise FormatError(f"a core of shape {list(self.mid.shape)} is no matrix")
         inner = (self.mid.shape[1], self.mid.shape[0]) if self.mid is not None else (down[0], down[0])
         if (down[0], up[1]) != inner:
             raise FormatError(f"rank mismatch: down {list(down)}, up {list(up)}")
@@ -536,6 +543,10 @@ class Rows(Update):
     @property
     def scaling(self) -> float:
         return self.whole.scaling
+
+    @property
+    def mixes(self) -> int:
+        return self.whole.mixes
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         whole = self.whole.prepare(load, strength)

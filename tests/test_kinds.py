@@ -23,6 +23,7 @@ from loratool.kinds.patch import Padded
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.kinds.sparse import Sparse
+from loratool.plan import OutputFile, Part, Plan, Step
 from loratool.tensors import Tensor, read_safetensors
 from loratool.update import Additive, Dense, DoRA, Sum, Update, rows, stack
 from tests import samples
@@ -825,6 +826,17 @@ def test_a_merge_by_small_blocks(device: str, tmp_path: Path, monkeypatch: pytes
     for name, update in LYCORIS.items():
         close(found[f"{leaf[name]}.weight"].array(), update.apply(wide(weights[name]), 0.5))
     assert loratool.verify(folder, lora, merged=tmp_path / "out", strengths=[0.5]).ok
+
+
+def test_the_rows_that_a_rotation_reaches_for_count_as_memory() -> None:
+    def peak(update: Update) -> int:
+        part = Part(update, 1.0, 0, 4096, "m")
+        step = Step("m", "m", Tensor("F32", (4096, 4096), lambda start, stop: np.zeros((0,))), "F32", (part,))
+        return Plan((OutputFile("f", (step,), {}),)).peak_memory(1)
+
+    few, many = (Tensor.of(np.zeros((4096 // b, b, b), np.float32)) for b in (2, 1024))
+    assert peak(OFT(many)) - peak(OFT(few)) > 1024 * 4096 * 4 * 5
+    assert peak(PeftOFT(Tensor.of(np.zeros((4, 1024 * 1023 // 2), np.float32)))) < peak(OFT(many))
 
 
 # -- weights that grow ---------------------------------------------------------------------------------------

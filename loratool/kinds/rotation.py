@@ -73,6 +73,10 @@ class Rotation(Update):
         return self.on_input == (self.layer == "transposed")
 
     @property
+    def mixes(self) -> int:
+        return self.span if self.by_rows else 1
+
+    @property
     def shape(self) -> tuple[int, ...]:
         others = self.gain.size if self.gain is not None and self.on_input else 0
         return self.weight or ((self.size, others) if self.by_rows else (others, self.size))
@@ -294,6 +298,10 @@ class SegmentOFT(Rotation):
     @property
     def span(self) -> int:
         return 1
+
+    @property
+    def mixes(self) -> int:
+        return max(segment.span for segment in self.segments)
 
     @property
     def slots(self) -> Mapping[str, Tensor]:
