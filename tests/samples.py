@@ -17,6 +17,7 @@ from loratool.kinds import based, composed, factored
 from loratool.kinds.glora import GLoRA
 from loratool.kinds.hadamard import LoHa
 from loratool.kinds.kronecker import LoKr
+from loratool.kinds.patch import Padded
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.kinds.sparse import Sparse
@@ -87,6 +88,7 @@ LYCORIS: Mapping[str, Update] = {
     "ia3": IA3(normal(7), weight=(7, 5)),
     "ia3_on_input": IA3(normal(1, 5, 1, 1), on_input=True, weight=(7, 5, 3, 2)),
     "ia3_transposed": IA3(normal(7, 1), centre=1.0, layer="transposed", weight=(5, 7)),
+    "padded": Padded(low()),
     "sparse": Sparse(Tensor.of(np.array([[1, 6, 1], [2, 0, 4]])), normal(3), Tensor.of(np.array([7, 5])), 0.5),
     "glora": GLoRA(normal(5, 2), normal(2, 5), normal(7, 2), normal(2, 5, seed=1), alpha=3.0),
     "glora_old": GLoRA(normal(2, 5), normal(5, 2), normal(2, 5, seed=1), normal(7, 2), rank_stabilised=True),
