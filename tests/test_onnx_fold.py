@@ -394,11 +394,14 @@ def test_constants_and_weights_inside_a_subgraph(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(out, x)[0], x["x"] @ (weight + update.delta()).T, atol=1e-5)
 
 
-def test_a_weight_that_is_an_output_keeps_its_value(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["w", "same"])
+def test_a_weight_that_is_an_output_keeps_its_value(tmp_path: Path, name: str) -> None:
+    """The weight itself, or what an Identity makes of it."""
     weight, update = values(7, 5), low()
     base = linear(tmp_path / "g.onnx", weight)
     model = onnx.load(base)
-    model.graph.output.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [5, 7]))
+    model.graph.node.append(helper.make_node("Identity", ["w"], ["same"]))
+    model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [5, 7]))
     onnx.save(model, base)
     x = {"x": values(2, 5, seed=6)}
     y, w = run(folded(base, adapter(update)), x)

@@ -216,6 +216,9 @@ def test_tied_ends_are_told_apart_by_what_takes_them(graphs: Graphs, checkpoint:
     assert {use.node.op for use in head.uses} == {"MatMul"}
     _, unmatched = resolve(graph_, loratool.read(graphs.adapter("llama_tied")))  # no values: nothing is guessed
     assert "lm_head" in {u.name.rpartition(".")[2] for u in unmatched}
+    whole = Adapter({}, {"lm_head.weight": normal(48, 16)}, Metadata("peft"))  # of the table's very shape
+    assert [u.name for u in resolve(graph_, whole)[1]] == ["lm_head.weight"]
+    assert len(found(graph, whole, checkpoint("llama_tied"))[1]) == 1
 
 
 def test_fused_attention_is_found_row_by_row(graphs: Graphs, checkpoint: Any) -> None:
