@@ -16,6 +16,7 @@ What those who read and write adapters need:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from loratool.architectures.base import Architecture, Piece, Row, Segment, Shape, Slot, Stored, agree
@@ -29,6 +30,7 @@ from loratool.architectures.ltx import LTX, LTX2
 from loratool.architectures.lumina import LUMINA2, Z_IMAGE
 from loratool.architectures.others import ANIMA, AURAFLOW, FLUX3, KREA2, MOCHI, PIXART, SANA
 from loratool.architectures.qwen_image import QWEN_IMAGE, QWEN_IMAGE_21
+from loratool.architectures.rows import Numbers
 from loratool.architectures.sd import SD1, SD2, SDXL, flatten, targets, unflatten
 from loratool.architectures.sd3 import SD3
 from loratool.architectures.table import NameTable
@@ -122,16 +124,18 @@ def told(strings: Mapping[str, str]) -> str | None:
 
 def _transformer(modules: Mapping[str, Shape], share: float, hint: str | None = None) -> Transformer | None:
     """The diffusion transformer whose names most of these are, at least that share of them; then whose shapes."""
-    bodies = {name.body[0] for name in map(spelled, modules) if name.role in MAINS}
-    counts = {known: known.known(modules) for known in TRANSFORMERS if not bodies.isdisjoint(known.table.read)}
+    bodies: dict[tuple[str, str], Counter[Numbers]] = {}
+    for name in map(spelled, modules):
+        bodies.setdefault((name.role, name.body[0]), Counter())[name.body[1]] += 1
+    mains = {body for role, body in bodies if role in MAINS}
+    counts = {known: known.known(bodies) for known in TRANSFORMERS if not mains.isdisjoint(known.table.read)}
     most = max(counts.values(), default=0)
     if not most or most < share * len(modules):
         return None
-    best = {known.name: known for known in counts if counts[known] == most}
-    if hint in best:
-        return best[hint]
-    found = max(best.values(), key=lambda known: known.evidence(modules))
-    return found if found.evidence(modules).main else None
+    likely = {known.name: known for known, count in counts.items() if count == most}
+    if hint in likely:
+        return likely[hint]
+    return max(likely.values(), key=lambda known: known.evidence(modules)) if len(likely) > 1 else likely.popitem()[1]
 
 
 def _unet(modules: Mapping[str, Shape]) -> Architecture | None:

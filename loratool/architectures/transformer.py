@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -295,9 +295,18 @@ class Transformer(Architecture):
 
     # ---------------------------------------------------------------- recognition
 
-    def known(self, modules: Iterable[str]) -> int:
-        """How many of these names are of this kind of model."""
-        return sum(map(self.knows, modules))
+    def known(self, bodies: Mapping[tuple[str, str], Mapping[Numbers, int]]) -> int:
+        """How many names are of this kind of model: given are, by role and body, how many have which numbers."""
+        total = 0
+        for (role, body), numbers in bodies.items():
+            if role in MAINS:
+                entries = self.table.read.get(body, ())
+                any_number = {entry.length for entry in entries if not entry.fixed}
+                fits = (c for n, c in numbers.items() if len(n) in any_number or any(e.fits(n) for e in entries))
+                total += sum(fits)
+            else:
+                total += sum(c for n, c in numbers.items() if self._find(Spelled(role, (body, n))))
+        return total
 
     def evidence(self, modules: Mapping[str, Shape]) -> Evidence:
         """How well the modules of the main model fit, by their shapes."""
@@ -305,28 +314,27 @@ class Transformer(Architecture):
         known = [(hit.hit, shape) for hit, shape in found if hit and hit.component in MAINS]
         lines = {id(hit.line): hit.line for hit, _ in known}
         shapes = Counter((id(hit.line), shape) for hit, shape in known)
-        numbers = Counter((id(hit.line), hit.numbers) for hit, _ in known)
+        blocks = Counter((hit.line.letters, hit.line.feature, hit.numbers) for hit, _ in known)
         right = sum(count for (line, shape), count in shapes.items() if lines[line].agrees(shape))
-        return max(Evidence(right, *self._within(size, lines, shapes, numbers), len(known)) for size in self.sizes)
+        exact = (sum(c for (line, shape), c in shapes.items() if _exact(lines[line], shape, s)) for s in self.sizes)
+        within = ((fits, *_within(size, blocks)) for fits, size in zip(exact, self.sizes, strict=True))
+        return max(Evidence(right, *counts, len(known)) for counts in within)
 
-    def _within(
-        self,
-        size: Size,
-        lines: Mapping[int, Line],
-        shapes: Mapping[tuple[int, Shape], int],
-        numbers: Mapping[tuple[int, Numbers], int],
-    ) -> tuple[int, int, float]:
-        """What fits one size: how many shapes, how many numbers of blocks, and how many of its blocks these are."""
-        stored = {line: held.stored_shape(size.widths) for line, held in lines.items()}
-        exact = sum(count for (line, shape), count in shapes.items() if shape and agree(shape, stored[line]))
-        inside, seen = 0, set()
-        for (line, at), count in numbers.items():
-            letters, feature = lines[line].letters, lines[line].feature
-            here = all(n in size.numbers(letter) for letter, n in zip(letters, at, strict=True))
-            inside += count * (here and (not feature or feature in size.features))
-            seen |= set(zip(letters, at, strict=True))
-        blocks = sum(len(size.numbers(letter)) for letter in {letter for letter, _ in seen})
-        return exact, inside, len(seen) / blocks if blocks else 0.0
+
+def _exact(line: Line, shape: Shape, size: Size) -> bool:
+    return bool(shape) and agree(shape, line.stored_shape(size.widths))
+
+
+def _within(size: Size, blocks: Mapping[tuple[tuple[str, ...], str, Numbers], int]) -> tuple[int, float]:
+    """How many modules have numbers of blocks that a size has, and the share of its blocks that these are."""
+    inside, seen = 0, set()
+    for (letters, feature, at), count in blocks.items():
+        pairs = set(zip(letters, at, strict=True))
+        here = all(n in size.numbers(letter) for letter, n in pairs)
+        inside += count * (here and (not feature or feature in size.features))
+        seen |= pairs
+    all_blocks = sum(len(size.numbers(letter)) for letter in {letter for letter, _ in seen})
+    return inside, len(seen) / all_blocks if all_blocks else 0.0
 
 
 class Evidence(NamedTuple):
