@@ -170,3 +170,19 @@ def test_a_projection_that_the_file_holds_fused_is_one_module(tmp_path: Path) ->
 
 def tensor_of(*shape: int) -> Tensor:
     return Tensor.of(np.zeros(shape, np.float32), "BF16")
+
+
+def test_every_kind_is_in_the_registry() -> None:
+    import importlib
+    import pkgutil
+
+    for module in pkgutil.iter_modules(kinds.__path__, "loratool.kinds."):
+        importlib.import_module(module.name)
+    waiting, found = [Update], set()
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        found |= set() if kind.__abstractmethods__ else {(kind.__name__, kind.__module__)}
+    ours = {(name, home) for name, home in found if home.startswith("loratool.")}
+    assert ours <= set(kinds.KINDS.items())
+    assert all(kinds.kind(name) is not None for name in kinds.KINDS)

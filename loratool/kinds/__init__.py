@@ -6,35 +6,68 @@ carries every kind need not know any. Adding one: a dataclass, an entry in `KIND
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loratool.errors import FormatError
-from loratool.kinds import based, composed, factored
-from loratool.kinds.entries import AdditiveEntry, Entry
-from loratool.kinds.experts import Experts
-from loratool.kinds.glora import GLoRA
-from loratool.kinds.hadamard import LoHa
-from loratool.kinds.kronecker import LoKr
-from loratool.kinds.patch import Padded
-from loratool.kinds.rescale import IA3
-from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
-from loratool.kinds.sparse import Sparse
-from loratool.kinds.tokens import Tokens
-from loratool.kinds.truncated import Truncated
 from loratool.tensors import Tensor
-from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Replace, Rows, Stacked, Sum, Update
+from loratool.update import Update
 
-_CLASSES: tuple[type[Update], ...] = (
-    *(LowRank, Dense, Replace, Sum, DoRA, Rows, AdditiveRows, Stacked),
-    *(Experts, Entry, AdditiveEntry, Tokens, Truncated),
-    *(*factored.KINDS, *composed.KINDS, *based.KINDS),
-    *(LoHa, LoKr, GLoRA, IA3, OFT, SegmentOFT, BOFT, PeftOFT, PeftOldOFT, PeftBOFT, Sparse, Padded),
-)
+# classes by the file that holds them, which is imported when one of them is needed
+_HOMES: Mapping[str, tuple[str, ...]] = {
+    "loratool.update": ("LowRank", "Dense", "Replace", "Sum", "DoRA", "Rows", "AdditiveRows", "Stacked"),
+    "loratool.kinds.entries": ("Entry", "AdditiveEntry"),
+    "loratool.kinds.experts": ("Experts",),
+    "loratool.kinds.tokens": ("Tokens",),
+    "loratool.kinds.truncated": ("Truncated",),
+    "loratool.kinds.hadamard": ("LoHa",),
+    "loratool.kinds.kronecker": ("LoKr",),
+    "loratool.kinds.glora": ("GLoRA",),
+    "loratool.kinds.rescale": ("IA3",),
+    "loratool.kinds.rotation": ("OFT", "SegmentOFT", "BOFT", "PeftOFT", "PeftOldOFT", "PeftBOFT"),
+    "loratool.kinds.sparse": ("Sparse",),
+    "loratool.kinds.patch": ("Padded",),
+    "loratool.kinds.factored": (
+        "AdaLora",
+        "Vera",
+        "Pvera",
+        "Delora",
+        "Mixtures",
+        "ChosenMixtures",
+        "RandLora",
+        "Gralora",
+        "Miss",
+        "Bone",
+        "Unilora",
+        "Tinylora",
+    ),
+    "loratool.kinds.composed": ("Fourier", "Wavelet", "Shira", "Supertuning", "Circulant"),
+    "loratool.kinds.based": (
+        "LnTuning",
+        "BiasShift",
+        "Householder",
+        "Hira",
+        "BlockAffine",
+        "BoneAffine",
+        "Road",
+        "Glora",
+        "Injection",
+        "Subspace",
+        "Frod",
+    ),
+}
+KINDS: Mapping[str, str] = {name: home for home, names in _HOMES.items() for name in names}
 _DEPTH = 8  # updates inside updates: rows of a sum of DoRAs is three
-KINDS: Mapping[str, type[Update]] = {kind.__name__: kind for kind in _CLASSES}
+
+
+def kind(name: str) -> type[Update] | None:
+    """The class of that name; None for one that is not known."""
+    home = KINDS.get(name)
+    found: type[Update] | None = None if home is None else getattr(importlib.import_module(home), name)
+    return found
 
 
 def stored(update: Update) -> dict[str, Any]:
@@ -59,21 +92,21 @@ def _apart(value: Any) -> Any:
 
 def built(words: Mapping[str, Any]) -> Update:
     """The update that `stored` took apart. Raises FormatError for an unknown type or fields that do not fit it."""
-    kind = KINDS.get(str(words.get("type")))
-    if kind is None:
+    found = kind(str(words.get("type")))
+    if found is None:
         raise FormatError(f"an update of unknown type {words.get('type')!r}", hint="written by a newer loratool?")
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(found)}  # type: ignore[arg-type]
     given = {name: _together(value) for name, value in words.items() if name != "type"}
     if strangers := given.keys() - known:
-        raise FormatError(f"{kind.__name__} has no field {sorted(strangers)[0]!r}")
-    hints = get_type_hints(kind)
+        raise FormatError(f"{found.__name__} has no field {sorted(strangers)[0]!r}")
+    hints = get_type_hints(found)
     for name, value in given.items():
         if not _is(hints[name], value):
-            raise FormatError(f"{kind.__name__} has a field {name} that cannot be {str(value)[:40]!r}")
+            raise FormatError(f"{found.__name__} has a field {name} that cannot be {str(value)[:40]!r}")
     try:
-        return kind(**given)
+        return found(**given)
     except TypeError as error:  # a field that is missing
-        raise FormatError(f"the fields of {kind.__name__} do not fit: {error}") from None
+        raise FormatError(f"the fields of {found.__name__} do not fit: {error}") from None
 
 
 def _is(hint: Any, value: Any) -> bool:
