@@ -46,7 +46,7 @@ _EXPERTS: llm.ExpertLeaves = {
     **{("mlp.experts", leaf): ("mlp.experts", leaf) for leaf in ("gate_proj", "up_proj", "down_proj")},
     **{("block_sparse_moe.experts", leaf): ("block_sparse_moe.experts", leaf) for leaf in ("w1", "w2", "w3")},
 }
-_HINT = "give --base, a folder with the base's config.json"
+_HINT = "give --base, the folder of the base model with its config.json"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ LAYOUT = Layout(slots=(("down", ".lora_A"), ("up", ".lora_B")))
 HYPER, MODEL = "hyperparameters", "model_config.yaml"
 QKV = "transformer.h.{}.attn.qkv"
 _KEY = re.compile(r"transformer\.h\.\d+\.(attn\.(qkv|proj)|mlp\.(fc(_[12])?|proj|gate|experts\..+))\.lora_[AB]")
-_HINT = f"give --base, a folder with the base's config.json, or keep {MODEL} beside the file"
+_HINT = f"give --base, the folder of the base model with its config.json, or keep {MODEL} beside the file"
 _MOST = 1 << 20  # bytes of a configuration
 
 Pairs = tuple[tuple[str, str], ...]

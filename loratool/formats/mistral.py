@@ -49,7 +49,7 @@ NOTE = "loratool.mistral"  # metadata: the scaling and the heads, JSON
 PARAMS = "params.json"
 USUAL = 2.0  # the scaling of mistral-inference where it is given none
 _KEY = re.compile(r"layers\.\d+\.(attention\.w[qkvo]|feed_forward\.(.+\.)?(w[123]|gate))\.lora_[AB]\.weight")
-_HINT = f"give --base, a folder with the base's config.json, or keep {PARAMS} beside it"
+_HINT = f"give --base, the folder of the base model with its config.json, or keep {PARAMS} beside it"
 
 
 # ---------------------------------------------------------------- reading

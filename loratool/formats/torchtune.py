@@ -40,7 +40,7 @@ NAMES = llm.Templates(
 )
 _PAIRS = frozenset(("llama", "mistral", "gemma", "gemma2"))  # model types whose q and k torchtune reorders
 _HALVES = frozenset(("qwen2", "qwen3"))  # and those where it does not
-_HINT = "give --base, a folder with the base's config.json"
+_HINT = "give --base, the folder of the base model with its config.json"
 
 
 def _order(config: Mapping[str, Any], module: str, rows: int) -> np.ndarray | None:
