@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import subprocess
+import sys
 import tempfile
 import warnings
 import zlib
@@ -22,6 +24,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +195,25 @@ def make_packed() -> Any:
     return Packed()
 
 
+def make_genai() -> Any:
+    """A Llama whose graphs onnxruntime-genai's builder wrote: heads of 16, as its rotary kernel wants."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **TEXT,
+        **EAGER,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
 MODELS: dict[str, Model] = {
     "llama": Model(make_llama, ("input_ids", "attention_mask"), ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
     "llama_tied": Model(
@@ -211,6 +233,7 @@ MODELS: dict[str, Model] = {
         dynamic=False,
     ),
     "twins": Model(make_twins, ("input_ids",), ["a", "c", "e"]),
+    "genai": Model(make_genai, ("input_ids", "attention_mask"), ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
     "packed": Model(make_packed, ("input_ids",), ["q_proj", "v_proj", "o_proj"]),
 }
 
@@ -247,6 +270,12 @@ def feed(name: str, seed: int = 0) -> dict[str, np.ndarray]:
     return {key: known[key] for key in MODELS[name.removesuffix("_static")].inputs}
 
 
+def past(layers: int = 2) -> dict[str, np.ndarray]:
+    """What a graph of onnxruntime-genai's builder is given beside its other inputs: nothing yet."""
+    none = np.zeros((2, 1, 0, 16), np.float32)
+    return {f"past_key_values.{n}.{word}": none for n in range(layers) for word in ("key", "value")}
+
+
 def forward(model: Any, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """The outputs of a torch model, in the order of an exported graph."""
     import torch
@@ -278,6 +307,22 @@ def session(path: Path, level: str = "basic") -> Any:
     options.graph_optimization_level = LEVELS(level)
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+ALIVE: list[Any] = []  # options do not hold their adapters: one that is gone is no adapter, without a word
+
+
+def active(*paths: Path) -> Any:
+    """RunOptions with adapter files switched on."""
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    for path in paths:
+        adapter = ort.LoraAdapter()
+        adapter.Load(str(path))
+        options.add_active_adapter(adapter)
+        ALIVE.append(adapter)
+    return options
 
 
 def LEVELS(level: str) -> Any:
@@ -345,8 +390,9 @@ class Graphs:
         path = self.folder / f"{'-'.join(map(str, (name, exporter, *options.values())))}.onnx"
         if name == "packed":
             return packed(path)
-        if exporter == "dynamo" and not options:
-            path.write_bytes(gzip.decompress((FROZEN / f"{name}.onnx.gz").read_bytes()))
+        if exporter in ("dynamo", "fp32", "int4") and not options:
+            frozen = name if exporter == "dynamo" else f"{name}-{exporter}"
+            path.write_bytes(gzip.decompress((FROZEN / f"{frozen}.onnx.gz").read_bytes()))
             return path
         return export(name, exporter, path, **options)
 
@@ -540,14 +586,36 @@ def strip(path: Path, out: Path) -> Path:
 
 
 def freeze() -> None:
-    """Makes fixtures/onnx anew."""
+    """Makes fixtures/onnx anew; the builder's graphs need onnxruntime-genai (0.18), which the tests do without."""
     FROZEN.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in (*MODELS, "bert_static"):
-            if name == "packed":
-                continue
-            path = export(name, "dynamo", Path(folder, f"{name}.onnx"))
-            (FROZEN / f"{name}.onnx.gz").write_bytes(gzip.compress(strip(path, path).read_bytes(), mtime=0))
+            if name not in ("packed", "genai"):
+                path = export(name, "dynamo", Path(folder, f"{name}.onnx"))
+                frozen(name, strip(path, path))
+        if find_spec("onnxruntime_genai"):
+            for precision in ("fp32", "int4"):
+                frozen(f"genai-{precision}", built(precision, Path(folder)))
+
+
+def frozen(name: str, path: Path) -> None:
+    (FROZEN / f"{name}.onnx.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+
+
+def built(precision: str, folder: Path) -> Path:
+    """What onnxruntime-genai's builder makes of the model "genai", as one file."""
+    import onnx
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    source, out = folder / "genai", folder / f"genai-{precision}"
+    make("genai").save_pretrained(source)
+    words = Tokenizer(models.WordLevel({f"t{n}": n for n in range(48)}, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t1", eos_token="t2").save_pretrained(source)
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    options = ["-m", str(source), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(folder / "cache")]
+    subprocess.run([*builder, *options], check=True)
+    return saved(onnx.load(out / "model.onnx"), folder / f"genai-{precision}.onnx")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ from loratool.onnx.container import Container, read_container, write_container
 from loratool.tensors import Tensor
 from loratool.update import Dense
 from tests import samples
-from tests.onnx_models import Graphs, feed, session
+from tests.onnx_models import Graphs, active, feed, session
 from tests.samples import UPDATES, low, normal
 from tests.test_onnx_branch import assert_close
-from tests.test_onnx_inputs import active
 
 WRITTEN = [name for name in UPDATES if name.startswith(("lora", "sum")) and "three" not in name]
 

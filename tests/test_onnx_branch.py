@@ -21,7 +21,7 @@ from loratool.onnx.operands import operands, path_module
 from loratool.onnx.quantised import dequantised
 from loratool.onnx.resolve import resolve
 from tests import samples
-from tests.onnx_models import Graphs, feed, forward, make, optimised, run
+from tests.onnx_models import Graphs, active, feed, forward, make, optimised, past, run, session
 
 pytestmark = pytest.mark.peer
 
@@ -156,6 +156,26 @@ def test_dora_of_int4_weights(graphs: Graphs, tmp_path: Path) -> None:
             model.get_submodule(module).weight.data.copy_(torch_tensor(dequantised(graph, operand)))
     out = branched(base, tmp_path / "out.onnx", adapter)
     assert_close(run(out, feed("llama")), graphs.reference("llama", adapter, model=model))
+
+
+@pytest.mark.parametrize("mode", ["fold", "branch", "inputs"])
+def test_graphs_of_genais_builder(graphs: Graphs, tmp_path: Path, mode: str) -> None:  # onnx.md trap 13
+    """Fused qkv, rotary positions and the past inside the attention node, whose free sizes it alone tells."""
+    adapter, out = graphs.adapter("genai"), tmp_path / "out.onnx"
+    report = loratool.export_onnx(graphs.export("genai", "fp32"), adapter, out=out, mode=mode, verify=True)
+    assert report.verified and report.modules == 10
+    found = session(out).run(["logits"], feed("genai") | past(), active(*map(Path, report.adapters)))
+    assert_close(found, graphs.reference("genai", adapter))
+
+
+def test_int4_graphs_of_genais_builder(graphs: Graphs, tmp_path: Path) -> None:  # onnx.md trap 13
+    """Branches by default, in the fused node; the effect is that of the float graph."""
+    base, adapter, out = graphs.export("genai", "int4"), graphs.adapter("genai"), tmp_path / "out.onnx"
+    report = loratool.export_onnx(base, adapter, out=out, verify=True)
+    assert report.verified and report.mode == "branch"
+    before, after = (session(path).run(["logits"], feed("genai") | past())[0] for path in (base, out))
+    wanted = graphs.reference("genai", adapter)[0] - graphs.reference("genai")[0]
+    assert cosine(after - before, wanted) > 0.9
 
 
 def test_names_stay_and_bytes_repeat(graphs: Graphs, tmp_path: Path) -> None:

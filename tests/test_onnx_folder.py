@@ -18,9 +18,8 @@ from loratool.onnx import folder as exporter
 from loratool.onnx.container import read_container
 from loratool.onnx.graph import read_graph
 from loratool.onnx.inputs import check_adapter
-from tests.onnx_models import Graphs, feed, forward, make, quiet, run, session
+from tests.onnx_models import Graphs, active, feed, forward, make, quiet, run, session
 from tests.test_onnx_branch import assert_close
-from tests.test_onnx_inputs import active
 
 pytestmark = pytest.mark.peer
 

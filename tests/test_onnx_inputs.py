@@ -21,7 +21,7 @@ from loratool.onnx.resolve import resolve
 from loratool.onnx.verify import Trial, verify
 from loratool.tensors import Tensor
 from tests import samples
-from tests.onnx_models import Graphs, feed, run, session
+from tests.onnx_models import Graphs, active, feed, run, session
 from tests.test_onnx_branch import assert_close, branched
 
 pytestmark = pytest.mark.peer
@@ -48,22 +48,6 @@ def exported(base: Path, folder: Path, *adapters: Path, strengths: Sequence[floa
         write_container(path, adapter_file(graph, found, number, model_version(written.outcome.hashes)))
         check_adapter(read_graph(out), read_container(path))
     return out, paths
-
-
-ALIVE: list[Any] = []  # options do not hold their adapters: one that is gone is no adapter, without a word
-
-
-def active(*paths: Path) -> Any:
-    """RunOptions with adapter files switched on."""
-    import onnxruntime as ort
-
-    options = ort.RunOptions()
-    for path in paths:
-        adapter = ort.LoraAdapter()
-        adapter.Load(str(path))
-        options.add_active_adapter(adapter)
-        ALIVE.append(adapter)
-    return options
 
 
 @pytest.mark.parametrize(

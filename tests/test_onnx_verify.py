@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 import loratool
 from loratool.errors import LoratoolError, VerifyError
 from loratool.onnx import verify as proof
-from loratool.onnx.feeds import feeds, vocabulary
+from loratool.onnx.feeds import feeds, head_sizes, vocabulary
 from loratool.onnx.graph import read_graph
 from loratool.onnx.verify import BaseError, Trial, verify
 from tests.onnx_models import Graphs
@@ -260,6 +260,14 @@ def test_ids_stay_within_the_smallest_table(graphs: Graphs) -> None:
         for exporter in ("torchscript", "dynamo"):
             found = vocabulary(read_graph(graphs.export(name, exporter)))
             assert found["input_ids"] == 48, (name, exporter)
+
+
+def test_the_size_of_a_head_is_told_by_the_attention(graphs: Graphs) -> None:
+    graph = read_graph(graphs.export("genai", "fp32"))
+    assert head_sizes(graph) == {"kv_cache_dim": 16}
+    for given in next(feeds(graph, 2)):
+        assert given["past_key_values.0.key"].shape == (2, 1, 0, 16)
+        assert given["attention_mask"].shape == given["input_ids"].shape
 
 
 @pytest.mark.parametrize("kind", [TensorProto.STRING, TensorProto.INT4])

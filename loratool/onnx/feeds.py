@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from loratool.errors import LoratoolError
+from loratool.lazy import np
 from loratool.onnx.graph import TYPES, Graph, Use, Value
 from loratool.tensors import DTYPES, numpy_dtype
 
@@ -25,6 +24,11 @@ _TABLES = {  # operator -> (input with ids, input with the table), ...
     "GatherBlockQuantized": ((1, 0),),
     "EmbedLayerNormalization": ((0, 2), (1, 4)),
     "QEmbedLayerNormalization": ((0, 2), (1, 4)),
+}
+_PASTS = {  # operator -> (input with the past keys, attribute with the number of heads of its result)
+    "GroupQueryAttention": (3, "num_heads"),
+    "MultiHeadAttention": (6, "num_heads"),
+    "Attention": (4, "q_num_heads"),
 }
 Feed = dict[str, np.ndarray]
 
@@ -70,13 +74,39 @@ PLANS = ((2, 6, 16), (1, 8, 64), (2, 16, 8), (1, 77, 64), (1, 3000, 64))
 
 def feeds(graph: Graph, seeds: int) -> Iterator[list[Feed]]:
     """For each plan, ``seeds`` random feeds. Raises LoratoolError for an input that no values can be made for."""
-    limits = vocabulary(graph)
+    limits, known = vocabulary(graph), head_sizes(graph)
     given = {weight.name for weight in graph.weights if weight.scope == 0}
     required = [entry for entry in graph.model.graph.input if entry.name not in given]
     for sizes in PLANS:
-        yield [_feed(required, Plan(*sizes), limits, np.random.default_rng(seed)) for seed in range(seeds)]
+        yield [
+            _feed(required, Plan(*sizes, known=dict(known)), limits, np.random.default_rng(seed))
+            for seed in range(seeds)
+        ]
         if not any(_is_free(entry) for entry in required):
             return
+
+
+def head_sizes(graph: Graph) -> dict[str, int]:
+    """Free dimensions of a past whose size the attention gives away: that of one head."""
+    widths = {entry.name: _last(entry) for entry in graph.model.graph.value_info}
+    inputs = {entry.name: entry for entry in graph.model.graph.input}
+    found: dict[str, int] = {}
+    for node in graph.nodes:
+        slot, word = _PASTS.get(node.op, (0, ""))
+        names, heads = node.proto.input, node.attribute(word, 0) if word else 0
+        past = inputs.get(names[slot]) if 0 < slot < len(names) else None
+        width = widths.get(node.proto.output[0])
+        if past is not None and width is not None and heads and width.dim_value % heads == 0:
+            last = _last(past)
+            if last is not None and last.dim_param:
+                found[last.dim_param] = width.dim_value // heads
+    return found
+
+
+def _last(entry: Any) -> Any:
+    """The last dimension of a value; None where it has none."""
+    dims = entry.type.tensor_type.shape.dim
+    return dims[-1] if dims else None
 
 
 def _is_free(entry: Any) -> bool:
