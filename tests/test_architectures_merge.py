@@ -140,3 +140,22 @@ def test_dora_of_a_half_swapped_modulation(tmp_path: Path) -> None:
     with pytest.raises(loratool.LoratoolError, match=r"lora_unet_norm_out_linear -> final_layer\.adaLN_modulation\.1"):
         loratool.merge(tmp_path / "base.safetensors", tmp_path / "input.safetensors", out=tmp_path / "no.safetensors")
     assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_metadata_says_what_a_text_encoder_is_for(tmp_path: Path) -> None:
+    """A T5 alone may be SD3's or FLUX's; a flattened name is refused where nothing tells."""
+    tensors = {
+        f"lora_te3_encoder_block_0_layer_0_SelfAttention_q.{slot}.weight": Tensor.of(np.ones(shape, np.float32))
+        for slot, shape in (("lora_down", (2, 8)), ("lora_up", (8, 2)))
+    }
+    found = {}
+    for told in ("sd3", "flux1", "None"):
+        path = tmp_path / f"{told}.safetensors"
+        write_safetensors(path, tensors, {"ss_base_model_version": told})
+        if told == "None":
+            with pytest.raises(loratool.LoratoolError, match="lora_te3_encoder_block_0") as refused:
+                loratool.read(path)
+            assert refused.value.exit_code == 3
+        else:
+            found[told] = next(iter(loratool.read(path).updates)).partition(".")[0]
+    assert found == {"sd3": "text_encoder_3", "flux1": "text_encoder_2"}

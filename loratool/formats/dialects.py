@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, Loss, Metadata
-from loratool.architectures import Architecture, architecture, identify, identify_names, unflatten
+from loratool.architectures import Architecture, architecture, identify, identify_names, told, unflatten
 from loratool.architectures.base import Piece, Shape, flat
 from loratool.architectures.base import split as prefix_split
 from loratool.errors import FormatError, LoratoolError, MatchError, NumericError, some
@@ -209,10 +209,12 @@ def normalise(module: str) -> str:
 class Names:
     """What turns the names of one file into references: tables of known models, the base, templates of names."""
 
-    def __init__(self, shapes: Mapping[str, Shape], evidence: Evidence, pieces: Pieces) -> None:
+    def __init__(
+        self, shapes: Mapping[str, Shape], evidence: Evidence, pieces: Pieces, hint: str | None = None
+    ) -> None:
         self._own = pieces
         shapes = {name: shape for name, shape in shapes.items() if not pieces(name, shape)}
-        self.known = identify(shapes)
+        self.known = identify(shapes, hint)
         if self.known is None and any(map(_LDM.match, shapes)):
             self.known = identify_names(shapes)  # these names are looked up in a table or not at all
         self._lookups = (_Base(evidence.modules).find, unflatten)
@@ -286,7 +288,8 @@ def read(
     modules = _grouped(pairs, rename, file.path)
     scales = Scales(file.metadata, evidence)
     built = {spelled: build(spelled, stored, scales) for spelled, stored in modules.items()}
-    names = Names({modules[spelled].name: shape for spelled, shape in shapes(built).items()}, evidence, pieces)
+    named = {modules[spelled].name: shape for spelled, shape in shapes(built).items()}
+    names = Names(named, evidence, pieces, told(file.metadata))
     updates, spellings = collect(built, modules, names, file.path)
     if names.known:
         updates = {name: _unfolded(u, names.known.shapes().get(name, ())) for name, u in updates.items()}
@@ -349,7 +352,7 @@ def build(spelled: str, stored: Stored, scales: Scales) -> Parts:
     where = f"{scales.where}: {spelled}"
     try:
         found = slots.build(spelled, stored.slots, partial(scales.alpha_of, stored.name), scales.arguments)
-    except FormatError as error:
+    except (FormatError, MatchError) as error:
         raise FormatError(error.what, where, error.hint) from None
     for update in found.values():
         if update.alpha is not None and not math.isfinite(update.alpha):
