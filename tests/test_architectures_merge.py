@@ -9,7 +9,7 @@ import pytest
 
 import loratool
 from loratool.architectures import TRANSFORMERS
-from loratool.architectures.base import Shape
+from loratool.architectures.base import Shape, Slot
 from loratool.architectures.rows import Size
 from loratool.architectures.transformer import Transformer
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
@@ -159,3 +159,45 @@ def test_metadata_says_what_a_text_encoder_is_for(tmp_path: Path) -> None:
         else:
             found[told] = next(iter(loratool.read(path).updates)).partition(".")[0]
     assert found == {"sd3": "text_encoder_3", "flux1": "text_encoder_2"}
+
+
+@pytest.mark.parametrize("world", ["kohya", "comfy", "diffusers"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan", "lumina2", "z-image", "hunyuan-video", "mochi"])
+def test_one_adapter_changes_every_layout_of_a_base_alike(name: str, world: str, tmp_path: Path) -> None:
+    """An adapter in any world's names, into the original's single file and into diffusers' folder: the same rows."""
+    known = next(known for known in TRANSFORMERS if known.name == name)
+    size = narrow(known)
+    before = write_base(tmp_path / "base.safetensors", known, size, "model.diffusion_model.")
+    slots = known.checkpoint({name: value.shape for name, value in before.items()})
+    shapes = {n: s for n, s in known.shapes(size).items() if n.startswith("transformer.") and len(s) == 2}
+    rng, tensors = np.random.default_rng(5), {}
+    for reference, shape in shapes.items():
+        place = known.stored(reference, world, shape)
+        assert place is not None
+        heights = place.heights([shapes.get(segment.reference) for segment in place.segments]) or ()
+        for slot, factor in (("lora_down", (2, shape[1])), ("lora_up", (sum(heights), 2))):
+            key = f"{place.name}.{slot}.weight"
+            if key not in tensors:
+                tensors[key] = Tensor.of(rng.standard_normal(factor).astype(np.float32))
+    write_safetensors(tmp_path / "lora.safetensors", tensors, {})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"_class_name": "Transformer2DModel"}')
+    parts = {reference.removeprefix("transformer."): rows_of(before, slot) for reference, slot in slots.items()}
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", {k: Tensor.of(v) for k, v in parts.items()}, {})
+    for base, out in (("base.safetensors", "out.safetensors"), ("folder", "out")):
+        report = loratool.merge(tmp_path / base, tmp_path / "lora.safetensors", out=tmp_path / out)
+        assert report.modules == len(shapes)
+    single = {k: t.array() for k, t in read_safetensors(tmp_path / "out.safetensors").tensors.items()}
+    split = read_safetensors(tmp_path / "out" / "diffusion_pytorch_model.safetensors").tensors
+    changed = 0
+    for reference, slot in slots.items():
+        merged = split[reference.removeprefix("transformer.")].array()
+        np.testing.assert_allclose(merged, rows_of(single, slot), rtol=0, atol=1e-5, err_msg=reference)
+        changed += not np.array_equal(merged, parts[reference.removeprefix("transformer.")])
+    assert changed == len(shapes)
+
+
+def rows_of(values: dict[str, np.ndarray], slot: Slot) -> np.ndarray:
+    tensor = values[slot.tensor]
+    return np.concatenate([tensor[start:stop] for start, stop in slot.ranges(len(tensor))])
