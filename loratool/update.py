@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
 from loratool.errors import FormatError, MatchError, NumericError
+from loratool.lazy import np
 from loratool.tensors import Array, Tensor, numpy_dtype
 
 Load = Callable[[Tensor], Array]  # a stored tensor -> float32 (or float64) array on the computing device
@@ -103,6 +102,10 @@ class Update(ABC):
 
     def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
         """The update whose rows are ``parts`` (this one first), of their own kind; None where the kind has no words."""
+        return None
+
+    def still(self, height: int) -> Update | None:
+        """What leaves ``height`` rows as they are and can be stacked with this update; None where the kind has none."""
         return None
 
     @property
@@ -668,7 +671,9 @@ def stack(parts: Sequence[Update | None], heights: Sequence[int]) -> Update | No
     if all(isinstance(part, DoRA) and part.axis == 0 for part in parts):
         return _stacked_dora([part for part in parts if isinstance(part, DoRA)], heights)
     known = [part for part in parts if part is not None]
-    if len(known) == len(parts) and (whole := known[0].stacked(known, heights)):
+    full = [known[0].still(height) if part is None else part for part, height in zip(parts, heights, strict=True)]
+    filled = [part for part in full if part is not None]
+    if len(filled) == len(parts) and (whole := known[0].stacked(filled, heights)):
         return whole
     if any(not isinstance(part, Additive) for part in known):
         return None

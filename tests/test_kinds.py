@@ -786,6 +786,22 @@ def test_rows_of_a_fused_projection_are_put_together_again(name: str) -> None:
     close(whole.apply(w), update.apply(w))
 
 
+STILL = {"loha": 5, "loha_tucker": 5, "lokr": 8, "lokr_both_factorised": 4, "ia3": 5, "oft_direct": 4}
+
+
+@pytest.mark.parametrize("name", [*STILL, "oft_of_segments"])
+def test_rows_that_nothing_changes_are_of_the_same_kind(name: str) -> None:
+    """Section 10: of a fused projection whose query alone was trained, the rest is zero, and no full matrix."""
+    update, height = LYCORIS[name], STILL.get(name, 6)
+    whole = stack([None, update], [height, update.shape[0]])
+    assert type(whole) is type(update)
+    assert whole.rank == update.rank
+    w = base(height + update.shape[0], *update.shape[1:])
+    fitted = whole.sized(w.shape)
+    assert fitted is not None
+    close(fitted.apply(w), np.concatenate([w[:height], update.apply(w[height:])]))
+
+
 def test_segments_of_several_constraints_are_no_one_oft() -> None:
     one, other = OFT(normal(2, 3, 3), alpha=0.1), OFT(normal(2, 4, 4), alpha=0.1)
     both = stack([one, other], [6, 8])
@@ -797,7 +813,11 @@ def test_segments_of_several_constraints_are_no_one_oft() -> None:
     assert stack([one, replace(other, alpha=0.2)], [6, 8]) is None
     assert stack([one, OFT(normal(2, 4, 4), normal(8), alpha=0.1)], [6, 8]) is None
     assert stack([one, IA3(normal(8))], [6, 8]) is None
-    assert stack([one, None], [6, 8]) is None
+    assert isinstance(stack([one, None], [6, 9]), SegmentOFT)  # the constraint goes by the outputs of each
+    assert stack([one, None], [6, 8]) is None  # no blocks of 3 in 8 rows
+    assert stack([LYCORIS["oft"], None], [12, 4]) is None  # segments have no rescale
+    assert stack([LYCORIS["glora"], None], [7, 7]) is None  # it mixes the inputs of all rows
+    assert stack([LYCORIS["ia3_on_input"], None], [7, 7]) is None
 
 
 def test_lohas_that_were_never_one_are_stacked_as_loras() -> None:

@@ -9,11 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from loratool.errors import FormatError
-from loratool.kinds.halves import Half, Unfolding, by_rows, products, wide
+from loratool.kinds.halves import Half, Unfolding, by_rows, products, wide, zeros
 from loratool.kinds.joined import joined
+from loratool.lazy import np
 from loratool.tensors import Array, Tensor
 from loratool.update import Load, LowRank, Prepared, Update, alike
 
@@ -102,6 +101,13 @@ class LoHa(Unfolding):
     def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> LoHa | None:
         outer = ("w1_a", "w2_a")
         return joined(self, parts, heights, *((outer,) if self.t1 is None else ((), outer)))
+
+    def still(self, height: int) -> LoHa:
+        def none(a: Tensor) -> Tensor:
+            return zeros(a, height, a.shape[1]) if self.t1 is None else zeros(a, a.shape[0], height)
+
+        weight = self.weight and (height, *self.weight[1:])
+        return replace(self, w1_a=none(self.w1_a), w2_a=none(self.w2_a), weight=weight)
 
     def low_rank(self) -> LowRank | None:
         """Of rank r x r: up[o,(p,q)] = a1[o,p] a2[o,q], down[(p,q),i] = b1[p,i] b2[q,i]; None where that is no gain."""

@@ -7,9 +7,8 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from loratool.errors import FormatError
+from loratool.lazy import np
 from loratool.tensors import BLOCK, Array, Tensor, numpy_dtype
 from loratool.update import Additive, Load, Update, alike, namespace
 
@@ -158,6 +157,11 @@ def by_rows(dtype: str, shape: tuple[int, ...], rows: Callable[[int, int], np.nd
 def products(one: Array, other: Array) -> Array:
     """The Kronecker product of each row of ``one`` [n,p] and the same row of ``other`` [n,q]: [n,p*q]."""
     return (one[:, :, None] * other[:, None, :]).reshape(len(one), -1)
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """A tensor of zeros, stored as ``like`` is."""
+    return Tensor.of(np.zeros(shape, numpy_dtype(like.dtype)))
 
 
 def wide(*tensors: Tensor) -> str:

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-
 from loratool.errors import FormatError
-from loratool.kinds.halves import Half, Unfolding, by_index, by_rows, products, wide
+from loratool.kinds.halves import Half, Unfolding, by_index, by_rows, products, wide, zeros
 from loratool.kinds.joined import joined
+from loratool.lazy import np
 from loratool.tensors import Array, Tensor
 from loratool.update import Load, LowRank, Prepared, Update, alike, namespace
 
@@ -121,6 +120,16 @@ class LoKr(Unfolding):
 
     def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> LoKr | None:
         return joined(self, parts, heights, ("w1", "w1_a"))
+
+    def still(self, height: int) -> LoKr | None:
+        rows, rest = divmod(height, self._halves[1].shape[0])
+        outer = self.w1_a if self.w1 is None else self.w1
+        if rest or outer is None:
+            return None
+        none, weight = zeros(outer, rows, *outer.shape[1:]), self.weight and (height, *self.weight[1:])
+        if self.w1 is None:
+            return replace(self, w1_a=none, weight=weight)
+        return replace(self, w1=none, weight=weight)
 
     def low_rank(self) -> LowRank | None:
         """kron(A1 B1, A2 B2) = kron(A1, A2) kron(B1, B2), of the product of the ranks; None where that is no gain."""

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from loratool.errors import FormatError
 from loratool.kinds.joined import joined
+from loratool.lazy import np
 from loratool.tensors import Array, Tensor
 from loratool.update import Layer, Load, Prepared, Update
 
@@ -87,3 +88,9 @@ class IA3(Update):
     def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> IA3 | None:
         flat = [replace(p, vector=p.vector.reshape(p.vector.size)) if isinstance(p, IA3) else p for p in parts]
         return joined(self, flat, heights, () if self._axis else ("vector",))
+
+    def still(self, height: int) -> IA3 | None:
+        if self._axis:
+            return None
+        none = Tensor.of(np.full(height, self.centre), self.vector.dtype)
+        return replace(self, vector=none, weight=self.weight and (height, *self.weight[1:]))

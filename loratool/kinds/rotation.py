@@ -16,11 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-import numpy as np
-
 from loratool.errors import FormatError
 from loratool.kinds.halves import wide
 from loratool.kinds.joined import joined
+from loratool.lazy import np
 from loratool.tensors import Array, Tensor
 from loratool.update import Layer, Load, Prepared, Update, alike, namespace
 
@@ -262,6 +261,17 @@ class OFT(Rotation):
         whole = None if self._limited else joined(self, parts, heights, ("oft_blocks", "rescale"))
         return whole or segmented(parts, heights)
 
+    def still(self, height: int) -> OFT | None:
+        if height % self.span or self.layer != "plain":
+            return None
+        blocks = np.zeros((height // self.span, self.span, self.span))
+        return replace(
+            self,
+            oft_blocks=Tensor.of(blocks + np.eye(self.span) * self.direct, self.oft_blocks.dtype),
+            rescale=self.rescale and Tensor.of(np.ones((height, *self.rescale.shape[1:])), self.rescale.dtype),
+            weight=self.weight and (height, *self.weight[1:]),
+        )
+
 
 @dataclass(frozen=True)
 class SegmentOFT(Rotation):
@@ -353,6 +363,9 @@ class SegmentOFT(Rotation):
 
     def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
         return segmented(parts, heights)
+
+    def still(self, height: int) -> OFT | None:
+        return next((found for segment in self.segments if (found := segment.still(height))), None)
 
 
 def segmented(parts: Sequence[Update], heights: Sequence[int]) -> SegmentOFT | None:
