@@ -201,3 +201,26 @@ def test_one_adapter_changes_every_layout_of_a_base_alike(name: str, world: str,
 def rows_of(values: dict[str, np.ndarray], slot: Slot) -> np.ndarray:
     tensor = values[slot.tensor]
     return np.concatenate([tensor[start:stop] for start, stop in slot.ranges(len(tensor))])
+
+
+def test_whole_differences_of_norms_and_modulations(tmp_path: Path) -> None:
+    """As distilled Wan adapters carry them (diffusion trap 56): of a norm, of biases, and of tables without a module."""
+    known = next(known for known in TRANSFORMERS if known.name == "wan")
+    before = write_base(tmp_path / "base.safetensors", known, narrow(known), "")
+    rng = np.random.default_rng(6)
+    stored = {
+        "blocks.0.norm3.diff": "blocks.0.norm3.weight",
+        "blocks.0.norm3.diff_b": "blocks.0.norm3.bias",
+        "blocks.1.self_attn.q.diff_b": "blocks.1.self_attn.q.bias",
+        "blocks.1.modulation.diff": "blocks.1.modulation",
+        "head.modulation.diff": "head.modulation",
+        "patch_embedding.diff": "patch_embedding.weight",
+    }
+    deltas = {key: rng.standard_normal(before[name].shape).astype(np.float32) for key, name in stored.items()}
+    tensors = {f"diffusion_model.{key}": Tensor.of(value) for key, value in deltas.items()}
+    write_safetensors(tmp_path / "lora.safetensors", tensors, {})
+    loratool.merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", out=tmp_path / "out.safetensors")
+    after = read_safetensors(tmp_path / "out.safetensors").tensors
+    for key, name in stored.items():
+        np.testing.assert_allclose(after[name].array(), before[name] + deltas[key], rtol=1e-6, atol=1e-6)
+    assert sum(after[n].array().tobytes() != value.tobytes() for n, value in before.items()) == len(stored)
