@@ -812,3 +812,22 @@ def test_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
     lora = trained(Net(), lora_config(target_modules=["conv"]), tmp_path / "lora")
     with pytest.raises(FormatError, match="grouped convolution"):
         loratool.read(lora)
+
+
+@pytest.mark.parametrize("order", ["plain", "transposed"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text", None])
+@pytest.mark.parametrize("made_by", [None, "0.18.0", "0.21.2"])
+def test_stacks_are_written_as_peft_sees_their_axes(order: Any, model_type: Any, made_by: Any, tmp_path: Path) -> None:
+    """The same change in the order of PEFT's flag, where the base is known; and the version that this order means."""
+    square = Experts(normal(6, 5), normal(5, 6, seed=1), 2, 6.0, order=order)
+    source = {"peft_type": "LORA", "peft_version": made_by} if made_by else {}
+    known = {"model_type": model_type} if model_type else {}
+    adapter = adapter_of({"m.experts.down_proj": square}).with_metadata(config=source, base_config=known)
+    loratool.write(adapter, tmp_path / "x", format="peft")
+    told = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    again = loratool.read(tmp_path / "x").updates["m.experts.down_proj"]
+    assert isinstance(again, Experts)
+    flagged = model_type == "gpt_oss" if model_type else order == "transposed"
+    (seen,) = again.orders(flagged)
+    close(seen.delta(), square.delta(), 1e-5)
+    assert told["peft_version"] == (made_by if made_by == "0.21.2" or (made_by and flagged) else "0.21.2")

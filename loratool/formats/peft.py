@@ -27,11 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
 from loratool.architectures import architecture
-from loratool.architectures.llm import EMBEDDING_LEAVES
+from loratool.architectures.llm import EMBEDDING_LEAVES, experts_transposed
 from loratool.errors import FormatError
 from loratool.files import inside
 from loratool.formats import peft_tuners
@@ -52,12 +50,14 @@ from loratool.formats.peft_config import (
     saved_whole,
     strangers,
     token_indices,
+    version,
 )
 from loratool.formats.peft_variants import plain_factors
 from loratool.keys import Layout, require_pair
 from loratool.kinds.experts import Experts
 from loratool.kinds.tokens import Tokens
 from loratool.kinds.truncated import Truncated
+from loratool.lazy import np
 from loratool.tensors import FLOATS, Tensor, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Sum, Update, as_low_rank
 
@@ -613,7 +613,7 @@ def _wrapped(adapter: Adapter) -> dict[str, Wrapped]:
     found: dict[str, Wrapped] = {}
     for name, update in modules.items():
         module, _, parameter = name.rpartition(".")
-        pair = update if isinstance(update, Experts) else _layered(name, plain_low_rank(update))
+        pair = _packed(update, adapter) if isinstance(update, Experts) else _layered(name, plain_low_rank(update))
         if module in nested and parameter in nested[module]:
             outside = len(nested[module]) - 1 - nested[module].index(parameter)  # wrappers around this one
             found[name] = Wrapped(module + outside * ".base_layer", name, pair, update, True)
@@ -622,6 +622,16 @@ def _wrapped(adapter: Adapter) -> dict[str, Wrapped]:
         elif name not in found:
             found[name] = Wrapped(_held(name, nesting), name, pair, update)
     return found
+
+
+def _packed(stack: Experts, adapter: Adapter) -> Experts:
+    """A stack as PEFT sees its axes: the first is the input's in models known to be transposed, else the last.
+
+    Where the base is not known its own word is kept.
+    """
+    flagged = experts_transposed(adapter.metadata.base_config)
+    known = flagged is not None and stack.order in ("plain", "transposed")
+    return stack.flipped() if known and flagged is not (stack.order == "transposed") else stack
 
 
 def _attention(module: str, modules: Mapping[str, Update], times: float) -> dict[str, Wrapped]:
@@ -762,8 +772,7 @@ def configuration(
     }
     if Truncated in kinds:
         config["kasa_config"] = source.get("kasa_config") or {}
-    if any(map(_is_in_proj, adapter.updates)):
-        config.setdefault("peft_version", ".".join(map(str, DOUBLES_OUT_PROJ)))
+    config.update(_version_field(pairs, any(map(_is_in_proj, adapter.updates)), source))
     if mutating(source):
         config["init_lora_weights"] = True
     if not still_says(source, ranks, alphas, rank_stabilised) or _moved(source, parameters):
@@ -771,6 +780,17 @@ def configuration(
         config["lora_alpha"], config["alpha_pattern"] = patterned(alphas, 8)
         config.update(target_modules=modules, init_lora_weights=True)
     return config
+
+
+def _version_field(
+    pairs: Mapping[str, LowRank | Experts], attention: bool, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """peft_version, where what is written means what it means in one only: it is told which that is."""
+    orders = {pair.order for pair in pairs.values() if isinstance(pair, Experts)} - {"shape"}
+    said = expert_order(source)
+    other = bool(orders) and said != "model" and orders != {said}
+    silent = attention and version(source) is None
+    return {"peft_version": ".".join(map(str, DOUBLES_OUT_PROJ))} if other or silent else {}
 
 
 def _saved_field(adapter: Adapter, source: Mapping[str, Any], pairs: Iterable[str]) -> dict[str, Any]:
