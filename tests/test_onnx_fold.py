@@ -184,6 +184,27 @@ def test_dora_from_the_weights_of_the_graph(graphs: Graphs, at: Any, name: str) 
     close(run(folded(base, chosen), feed(name)), graphs.reference(name, chosen), run(base, feed(name)))
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"targets": ("q_proj",), "trainable_token_indices": {"embed_tokens": [3, 5, 9]}},
+        {"targets": ("embed_tokens", "q_proj")},
+        {"targets": ("embed_tokens", "q_proj"), "ensure_weight_tying": True},
+        {"targets": ("q_proj",), "modules_to_save": ["lm_head"]},
+        {"targets": ("q_proj",), "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["tokens", "table", "both", "whole head", "whole table"],
+)
+def test_each_end_of_a_tied_pair_is_as_peft_runs_it(graphs: Graphs, at: Any, config: dict[str, Any]) -> None:  # trap 5
+    base, chosen = at(graphs.export("llama_tied", "dynamo")), graphs.adapter("llama_tied", **config)
+    close(
+        run(folded(base, chosen), feed("llama_tied")),
+        graphs.reference("llama_tied", chosen),
+        run(base, feed("llama_tied")),
+    )
+
+
 def test_two_graphs_of_one_model_in_other_layouts(graphs: Graphs, at: Any, tmp_path: Path) -> None:  # trap 2
     """onnxslim turns MatMul + Add into Gemm with transB: the same layer needs the other orientation."""
     base = at(graphs.export("bert"))

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from loratool.adapter import Adapter, is_bias
 from loratool.architectures import Slot
 from loratool.architectures.llm import CONV1D_NAMES, EMBEDDING_LEAVES
 from loratool.errors import MatchError
+from loratool.kinds.tokens import Tokens
+from loratool.lazy import np
 from loratool.model import Model
 from loratool.names import Names, Unmatched
 from loratool.onnx.graph import Graph, Use, Value, Weight
@@ -173,7 +173,9 @@ class _Index:
         if not claims:
             return Unmatched(spelling, self._why(target, update, "the weight of that name is of another kind of layer"))
         self._check_applied(update, module, spelling)
-        return self._sites(target, logical(update, target), claims, spelling)
+        sites = self._sites(target, logical(update, target), claims, spelling)
+        lent = self._lent(sites[0]) if isinstance(update, Tokens) else []
+        return [*sites, *(site for site in lent if not any(t.endswith(site.module) for t in adapter.updates))]
 
     def _sites(self, target: str, update: Update, claims: Sequence[_Claim], spelling: str) -> list[Site]:
         """One site for each stored tensor that the claims mean."""
@@ -209,6 +211,20 @@ class _Index:
             for found in by_weight.values()
         ]
 
+    def _lent(self, table: Site) -> list[Site]:
+        """The head of a tied pair: PEFT's trained tokens are new at both ends, whichever they were trained at."""
+        from loratool.onnx.values import leading
+
+        found: list[Site] = []
+        known = leading(table.weight.tensor, table.operands[0].layout)
+        for operand in self.operands:
+            if operand.table != table.operands[0].table and operand.shape == table.operands[0].shape:
+                values = leading(operand.weight.tensor, operand.layout) if operand.weight.floating else None
+                if values is not None and np.array_equal(values, known):
+                    module = next(iter(module_names(self.graph, operand).values()), table.module)
+                    found.append(replace(table, module=module, weight=operand.weight, operands=(operand,)))
+        return found
+
     def _split(self, target: str, update: Update, adapter: Adapter) -> list[Site]:
         """The sites of a fused module that the graph has split: rows of the update each; none where it has not."""
         parent, _, leaf = target.rpartition(".")
@@ -228,7 +244,9 @@ class _Index:
 
     def _why(self, target: str, update: Update, why: str) -> str:
         """Why a module has no place, as well as can be told."""
-        if getattr(update, "layer", "") == "embedding" and "nearest" in why:
+        if self.graph.model.functions:
+            why = f"the graph has functions of its own, whose weights are not looked into; {why}"
+        elif getattr(update, "layer", "") == "embedding" and "nearest" in why:
             why = f"no table of that name: the exporter folded it into a constant, or merged it into another; {why}"
         elif self.nameless:
             why = f"{len(self.nameless)} weights of this graph have no name, only values can tell; {why}"
@@ -345,11 +363,12 @@ def _placed(claim: _Claim, update: Update) -> _Claim:
 def _same_kind(update: Update, claim: _Claim, module: str) -> bool:
     """Whether an update of a table meets a table, and one of a product a product.
 
-    Whole tensors meet both, but where a mere name says what the weight is: of a tied pair either end may bear it.
+    Those that do not tell meet both, but where a mere name says what the weight is: of a tied pair either end may
+    bear it.
     """
-    table = claim.operand.table
-    if not isinstance(update, Replace) and update.kind != "full":
-        return (getattr(update, "layer", "plain") == "embedding") == table
+    layer, table = getattr(update, "layer", None), claim.operand.table
+    if layer is not None and update.kind != "full":
+        return bool((layer == "embedding") == table)
     return claim.source != "name" or (module.rpartition(".")[2] in EMBEDDING_LEAVES) == table
 
 
