@@ -16,9 +16,10 @@ import pytest
 
 from loratool import api
 from loratool.adapter import Adapter
-from loratool.errors import FormatError
-from loratool.formats import detect
+from loratool.errors import FormatError, LoratoolError
+from loratool.formats import by_name, detect
 from loratool.formats.base import Evidence
+from loratool.formats.dialects import READ
 from tests import diffusion
 from tests.diffusion import save
 
@@ -227,6 +228,33 @@ def test_what_kohya_s_own_files_hold_is_written_byte_for_byte(name: str, tmp_pat
         same = tensor.float() if key.endswith(".alpha") else tensor
         assert torch.equal(written[key], same), key
         assert written[key].dtype == same.dtype, key
+
+
+# -- hostile files ---------------------------------------------------------------------------------------------------
+
+
+SHAPES = [(), (2, 6), (0, 6), (2, 3, 3, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_no_tensor_under_any_suffix_is_more_than_a_clean_error(
+    shape: tuple[int, ...], dtype: str, tmp_path: Path
+) -> None:
+    """Alone, and in the place of that tensor in a sound module."""
+    odd = torch.ones(shape).to(getattr(torch, dtype))
+    pair = {f"{SPELLED}.lora_down.weight": torch.ones(2, 12), f"{SPELLED}.lora_up.weight": torch.ones(8, 2)}
+    refused = 0
+    for _, suffix in READ.aliases:
+        for held in ({}, pair):
+            path = save(tmp_path / "file", {**held, f"{SPELLED}{suffix}": odd})
+            try:
+                adapter = by_name("kohya").read(Evidence(path))
+                assert all(math.isfinite(update.scaling) for update in adapter.updates.values())
+            except LoratoolError as error:
+                refused += 1
+                assert error.where
+    assert refused > len(READ.aliases)
 
 
 # -- single stored forms ---------------------------------------------------------------------------------------------

@@ -57,8 +57,9 @@ def _said(adapter: Adapter) -> tuple[dict[str, Tensor], list[Loss], Architecture
 def _holder(adapter: Adapter, known: Architecture | None, reference: str, shape: Shape) -> Stored | None:
     """The name of a module: kohya's where it is a text encoder's."""
     component = component_of(reference)
-    if not _MAIN.match(component):
-        return kohya.holder(adapter, known)(reference, shape)
+    own = kohya.holder(adapter, known)(reference, shape)
+    if own is None or not _MAIN.match(component):
+        return own
     body = reference.removeprefix(f"{component}.")
     return Stored(_PREFIX + flat(body), (Segment(reference),))
 
