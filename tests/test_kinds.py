@@ -514,6 +514,20 @@ def test_oft_is_what_peft_merges(terms: int, shared: bool) -> None:
         close(sized.apply(before), merged)
 
 
+@pytest.mark.parametrize("terms", [0, 4, 5])
+def test_onetrainer_turns_kernels_the_other_way(terms: int) -> None:
+    """Section 1.1, `oft_R.weight`: inputs as PEFT does, but the weights of convolutions by R, pointwise ones too."""
+    blocks = normal(3, 6)
+    for kernel in ((), (1, 1), (3, 1)):
+        w = base(5, 12 // math.prod(kernel), *kernel)
+        backwards = PeftOFT(blocks, False, terms, kernels_back=True).sized(w.shape)
+        assert backwards is not None
+        r = PeftOFT(blocks, False, terms).apply(np.eye(12)).T
+        flat = w.reshape(5, 12)
+        close(backwards.apply(w).reshape(5, 12), flat @ r if kernel else flat @ r.T)
+        close(PeftOFT(blocks, False, terms).apply(w).reshape(5, 12), flat @ r.T)
+
+
 def test_a_constrained_oft_is_what_peft_merges() -> None:
     """`coft` shortens each block before the transform."""
     import torch

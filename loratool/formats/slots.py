@@ -13,8 +13,6 @@ from dataclasses import MISSING, fields, replace
 from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
 from loratool.errors import FormatError
 from loratool.formats import raw
 from loratool.keys import require_pair
@@ -24,6 +22,7 @@ from loratool.kinds.kronecker import LoKr
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, SegmentOFT
 from loratool.kinds.sparse import Sparse
+from loratool.lazy import np
 from loratool.tensors import FLOATS, Tensor
 from loratool.update import Additive, Dense, DoRA, LowRank, Replace, Sum, Update, as_low_rank
 
@@ -169,7 +168,7 @@ def _peft_oft(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Up
     blocks, scaled = slots.pop("oft_R", None), slots.pop("scaled_oft", None)
     if blocks is None:
         raise FormatError("scaled_oft without oft_R")
-    update = PeftOFT(blocks)
+    update = PeftOFT(blocks, block_share=blocks.shape[:1] == (1,), kernels_back=True)
     if scaled is None:
         return update
     # OneTrainer: by the root of all values, later by twice that of the other rows

@@ -447,13 +447,15 @@ class PeftOFT(Rotation):
     oft_R [n,b(b-1)/2]: the upper triangle of a skew-symmetric K, row by row; one row where ``block_share``, of as many
     blocks as the base has. R = 1 + 2K + 2K^2 + ... + K^(terms-1), or (1 - K) (1 + K)^-1 where ``neumann_terms`` is 0
     (`use_cayley_neumann` false; the two turn in opposite directions). ``eps``: K of each block is no longer than
-    eps / sqrt(n) (`coft`).
+    eps / sqrt(n) (`coft`). ``kernels_back``: a convolution is turned the other way, W' = W R (OneTrainer and those
+    who follow it); once the weight's shape is known, that of K's sign says so.
     """
 
     oft_R: Tensor
     block_share: bool = False
     neumann_terms: int = 5
     eps: float | None = None
+    kernels_back: bool = False
     layer: Layer = "plain"
     weight: tuple[int, ...] | None = None
     on_input = True
@@ -482,6 +484,12 @@ class PeftOFT(Rotation):
     def slots(self) -> Mapping[str, Tensor]:
         return {"oft_R": self.oft_R}
 
+    def sized(self, shape: tuple[int, ...]) -> Update | None:
+        if not self._fits(shape):
+            return None
+        back = self.kernels_back and len(shape) > 2  # R(-K) is the transpose of R(K)
+        return replace(self, oft_R=_negated(self.oft_R) if back else self.oft_R, kernels_back=False, weight=shape)
+
     def stages(self) -> list[Stage]:
         triangles, size = values(self.oft_R), self.span
         upper = np.zeros((len(triangles), size, size))
@@ -491,6 +499,11 @@ class PeftOFT(Rotation):
 
     def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
         return None if self.by_rows else joined(self, parts, heights, ())
+
+
+def _negated(tensor: Tensor) -> Tensor:
+    """The values with the other sign, which every dtype can say."""
+    return Tensor(tensor.dtype, tensor.shape, lambda start, stop: -tensor.load(start, stop))
 
 
 def _neumann(k: np.ndarray, terms: int) -> np.ndarray:
