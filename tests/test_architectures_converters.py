@@ -94,6 +94,7 @@ ADAPTERS = [  # (architecture, size, converter, world and suffixes, modules that
     ("hidream", "i1", "non_diffusers_hidream", COMFY, "$^", 2),
     ("ltx", "2b", "non_diffusers_ltxv", ("comfy-diffusers", "lora_A", "lora_B"), "$^", 2),
     ("ltx2", "19b", "non_diffusers_ltx2", COMFY, "$^", 2),
+    ("ltx2", "2.3-22b", "non_diffusers_ltx2", COMFY, "$^", 2),
     ("anima", "2b", "non_diffusers_anima", COMFY, "$^", 2),
     ("krea2", "2", "non_diffusers_krea2", COMFY, "$^", 2),
     ("flux3", "3", "non_diffusers_flux3", COMFY, r"embed|modulations|norm_out|proj_out$", 2),

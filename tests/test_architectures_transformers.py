@@ -40,6 +40,8 @@ WAN_IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 SANA_06 = {"num_attention_heads": 36, "num_cross_attention_heads": 16}
 SANA_06 |= {"cross_attention_head_dim": 72, "cross_attention_dim": 1152}
 HIDREAM = {"patch_size": 2, "in_channels": 16, "out_channels": 16, "caption_channels": [4096] * 2}
+LATER = {"gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True}
+LATER |= {"use_prompt_embeddings": False}
 KLEIN = {"joint_attention_dim": 7680, "num_attention_heads": 24, "guidance_embeds": False}
 GLYPHS = {"text_embed_2_dim": 1472}
 MODELS = [  # (architecture, size, class, what differs from the class's defaults)
@@ -75,6 +77,7 @@ MODELS = [  # (architecture, size, class, what differs from the class's defaults
     ("ltx", "2b", "LTXVideo", {}),
     ("ltx", "13b", "LTXVideo", {"attention_head_dim": 128, "cross_attention_dim": 4096}),
     ("ltx2", "19b", "LTX2Video", {}),
+    ("ltx2", "2.3-22b", "LTX2Video", LATER),
     ("cogvideox", "2b", "CogVideoX", {}),
     ("cogvideox", "5b", "CogVideoX", COG),
     ("cogvideox", "5b-i2v", "CogVideoX", COG | {"in_channels": 32, "use_learned_positional_embeddings": True}),
