@@ -38,11 +38,17 @@ Base = AnyPath | Model
 @dataclass(frozen=True)
 class Reading:
     """How inputs may be read: pickles and links that leave their folder only on the user's word; ``scaling`` for
-    files that do not tell theirs."""
+    files that do not tell theirs; ``map``, a text file of names that no known format has (`formats.mapped`)."""
 
     allow_pickle: bool = False
     allow_links: bool = False
     scaling: float | None = None
+    map: AnyPath | None = None
+
+    @property
+    def map_path(self) -> Path | None:
+        """The map, if there is one. Raises LoratoolError where it is not there."""
+        return None if self.map is None else existing(self.map, "map")
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ def _read(
         reading.scaling,
         modules=model.modules if model else modules,
         base=model,
+        map=reading.map_path,
     )
     adapter = formats.read_adapter(evidence, format)
     known = model.configs.get("") if model else None
@@ -139,7 +146,7 @@ def _read(
 def detect(path: AnyPath, *, reading: Reading | None = None) -> tuple[str, str]:
     """The name of an adapter's format, and the reason why it is that. Raises FormatError when none fits."""
     reading = reading or Reading()
-    evidence = Evidence(existing(path, "adapter"), reading.allow_pickle, reading.allow_links)
+    evidence = Evidence(existing(path, "adapter"), reading.allow_pickle, reading.allow_links, map=reading.map_path)
     found, reason = formats.detect(evidence)
     return found.name, reason
 
@@ -486,11 +493,16 @@ def check(
 
 def compare(first: Source, second: Source, *, base: Base | None = None, reading: Reading | None = None) -> Comparison:
     """The relative difference of two adapters' updates, module by module, blind to how they are factored."""
+    from loratool.names import present
     from loratool.ops.changes import Changes, check_values
     from loratool.ops.compare import compare
 
     model = None if base is None else model_of(base, reading or Reading())
-    one, other = (adapter_of(source, reading) for source in (first, second))
+    found = [
+        source if isinstance(source, Adapter) else read(source, base=model, reading=reading)
+        for source in (first, second)
+    ]
+    one, other = found if model is None else [present(adapter, model) for adapter in found]
     for adapter in (one, other):
         check_values(adapter, Changes())
     return compare(one, other, model)

@@ -69,11 +69,14 @@ def _reads(command: Command) -> Callable[..., Any]:
     @_flag("--allow-pickle", help="Read pickles (.bin, .pt), their tensors only.")
     @_flag("--allow-links", help="Follow links that leave a folder.")
     @click.option("--scaling", type=float, metavar="X", help="alpha/rank, where a file does not tell.")
+    @click.option(
+        "--map", "names", metavar="FILE", help="Names of an adapter that no format knows, and what they mean."
+    )
     @functools.wraps(command)
-    def wrapped(allow_pickle: bool, allow_links: bool, scaling: float | None, **options: Any) -> Any:
+    def wrapped(allow_pickle: bool, allow_links: bool, scaling: float | None, names: str | None, **options: Any) -> Any:
         from loratool.api import Reading
 
-        return command(reading=Reading(allow_pickle, allow_links, scaling), **options)
+        return command(reading=Reading(allow_pickle, allow_links, scaling, names), **options)
 
     return wrapped
 

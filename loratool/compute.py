@@ -10,8 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from loratool import __version__, formats
 from loratool.adapter import Adapter
 from loratool.api import AnyPath, Base, Reading, Source, flattened, model_of, read
@@ -19,7 +17,9 @@ from loratool.errors import LoratoolError, UsageError
 from loratool.files import prepare_output, staged
 from loratool.formats.base import Evidence, Format
 from loratool.hashes import sha256
+from loratool.lazy import np
 from loratool.model import Model
+from loratool.names import present
 from loratool.ops.changes import Changes, check_values
 from loratool.ops.convert import parse_dtype, recast, with_provenance
 from loratool.ops.rank import RankReport, rank_adapter, rank_models
@@ -252,7 +252,7 @@ def rank(
         report = rank_models(model_of(source, reading), model_of(tuned, reading), choice, progress)
     else:
         model = None if base is None else model_of(base, reading)
-        report = rank_adapter(_checked(source, reading), choice, model)
+        report = rank_adapter(_checked(source, reading, model), choice, model)
     if picture is not None:
         plot_ranks(report, picture, overwrite)
     return report
@@ -291,7 +291,7 @@ def _checked(source: Source, reading: Reading | None, model: Model | None = None
     """An adapter whose values are sound. Raises FormatError for an unknown scaling, NumericError for NaN."""
     adapter = source if isinstance(source, Adapter) else read(source, base=model, reading=reading)
     check_values(adapter, Changes())
-    return adapter
+    return adapter if model is None else present(adapter, model)
 
 
 def _inputs(adapters: Sequence[Adapter], model: Model | None = None) -> dict[str, Path]:

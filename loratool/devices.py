@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from loratool.errors import LoratoolError, UsageError
+from loratool.lazy import np
 from loratool.tensors import Array, Tensor, numpy_dtype, to_odd
 
 # nanoseconds per element and thread, for widening, adding a rank-16 product and rounding; for bfloat16 torch measured

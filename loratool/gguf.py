@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from loratool.errors import FormatError, LoratoolError
 from loratool.files import FileBytes
+from loratool.lazy import np
 from loratool.tensors import DTYPES, Region, SafetensorsFile, Tensor, byte_count, write_data
 
 MAGIC = b"GGUF"

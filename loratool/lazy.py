@@ -1,6 +1,6 @@
 """numpy, imported when it is first used: describing an adapter from its headers needs none, and starts sooner.
 
-``from loratool.lazy import np`` stands for ``import numpy as np``.
+``from loratool.lazy import np`` stands for ``import numpy as np`` with bfloat16 and the float8 types registered.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ else:
     class _Later:
         """A module that is imported by the first attribute asked of it."""
 
-        def __init__(self, name: str) -> None:
-            self._name = name
-
         def __getattr__(self, attribute: str) -> Any:
-            import importlib
+            import ml_dtypes  # noqa: F401  (registers its types with numpy)
+            import numpy
 
-            module = importlib.import_module(self._name)
-            value = getattr(module, attribute)
+            value = getattr(numpy, attribute)
             setattr(self, attribute, value)
             return value
 
-    np = _Later("numpy")
+    np = _Later()

@@ -13,8 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from loratool.lazy import np
 from loratool.tensors import Array
 from loratool.update import namespace
 

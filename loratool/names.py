@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from loratool.adapter import Adapter, is_bias, parameter
@@ -143,6 +143,17 @@ def module_of(name: str) -> str:
 def leaf(name: str) -> str:
     """The last segment of a parameter's module."""
     return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def present(adapter: Adapter, model: Model) -> Adapter:
+    """The adapter without what only multiplies biases that ``model`` does not have."""
+    names = Names(model.places)
+    absent = {
+        target
+        for target, update in adapter.updates.items()
+        if update.homogeneous and is_bias(target) and isinstance(names.find_target(target), Unmatched)
+    }
+    return replace(adapter, updates={t: u for t, u in adapter.updates.items() if t not in absent}) if absent else adapter
 
 
 def match(adapter: Adapter, model: Model) -> tuple[list[Match], list[Unmatched]]:

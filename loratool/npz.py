@@ -12,12 +12,10 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
-import numpy as np
-from numpy.lib import format as npy
 
 from loratool.errors import FormatError
-from loratool.tensors import DTYPES, SafetensorsFile, Tensor
+from loratool.lazy import np
+from loratool.tensors import DTYPES, SafetensorsFile, Tensor, numpy_dtype
 
 _MOST = 100_000  # members of one archive
 _RATIO = 1100  # of what a member unpacks to and its bytes in the archive: more than deflate can reach
@@ -85,7 +83,7 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Te
             raise FormatError(f"a damaged member: {error}", where) from None
         if values.size != math.prod(shape):
             raise FormatError("a member that ends early", where)
-        values = values.view(ml_dtypes.bfloat16) if name == "BF16" else values.astype(dtype.newbyteorder("="))
+        values = values.view(numpy_dtype("BF16")) if name == "BF16" else values.astype(dtype.newbyteorder("="))
         return values.reshape(shape or (1,), order="F" if fortran else "C")[first:last]
 
     return Tensor(name, shape, load)
@@ -93,9 +91,9 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Te
 
 def _header(file: BinaryIO | Any, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """(shape, Fortran order, dtype) at the head of a member."""
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        version = npy.read_magic(file)
+        version = np.lib.format.read_magic(file)
         if version not in readers:
             raise FormatError(f"npy version {version}", where)
         shape, fortran, dtype = readers[version](file, max_header_size=_HEADER)

@@ -17,10 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from loratool.devices import Device, Worker, one_blas_thread
 from loratool.errors import LoratoolError, NumericError
+from loratool.lazy import np
 from loratool.scaled import Scaled
 from loratool.tensors import (
     DTYPES,

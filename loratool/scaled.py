@@ -14,9 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from loratool.errors import FormatError
+from loratool.lazy import np
 from loratool.tensors import Tensor, block_rows, numpy_dtype
 from loratool.update import Prepared, Update
 

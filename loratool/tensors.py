@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -17,12 +18,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 and the float8 types with numpy)
-import numpy as np
+
 import xxhash
 
 from loratool.errors import FormatError, LoratoolError
 from loratool.files import CHUNK, FileBytes, reject_foreign
+from loratool.lazy import np
 
 CONTENT_HASH = "loratool.content_hash"  # metadata: set by `write_safetensors`
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
@@ -67,6 +68,12 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
 )
 _BY_NUMPY = {d.numpy: d.name for d in DTYPES.values() if d.numpy}
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights and factors may be stored in and computed from
+
+
+_SCALARS: Mapping[str, str] = {  # how `struct` reads one value; bfloat16 is the upper half of a float32
+    **{"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"},
+    **{"I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B"},
+}
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -151,6 +158,9 @@ class Tensor:
         """The value of a tensor of one element, whatever its dtype or shape."""
         if self.size != 1:
             raise FormatError(f"one value expected, found shape {list(self.shape)}")
+        if self.region is not None and self.dtype in _SCALARS:  # alphas: what headers are read for needs no numpy
+            data = bytes(self.region.file.read(self.region.offset, self.region.nbytes))
+            return float(struct.unpack(_SCALARS[self.dtype], b"\0\0" + data if self.dtype == "BF16" else data)[0])
         return float(self.array().reshape(-1)[0])
 
     def float(self, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -298,3 +298,17 @@ def test_a_file_cut_after_it_was_opened_is_an_error_and_no_garbage(tmp_path: Pat
     (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-4])
     with pytest.raises(FormatError, match="ends early"):
         stored.array()
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"])
+@pytest.mark.parametrize("value", [0.0, 7.0, 64.0, -3.0, 0.30078125])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_value_of_a_file_is_read_as_numpy_reads_it(
+    dtype: str, value: float, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    if dtype[0] in "IU" and (value < 0 or value % 1):
+        value = 5.0
+    made = Tensor.of(np.full(shape, value), dtype)
+    write_safetensors(tmp_path / "x.safetensors", {"first": Tensor.of(np.ones(3, np.float32)), "x": made}, {})
+    read = read_safetensors(tmp_path / "x.safetensors").tensors["x"]
+    assert read.item() == float(read.array().reshape(-1)[0]) == value

@@ -289,8 +289,8 @@ class Table:
     def read(self) -> Index:
         """Lines by the names that stored modules have. Raises ValueError where a name means two things."""
         found: dict[str, list[Entry]] = {}
-        for line in (*self.lines, *(line for more in self.also.values() for line in more), *self.plain):
-            key, entry = _entry(line.native, line)
+        for name, line in self._names():
+            key, entry = _entry(name, line)
             entries = found.setdefault(key, [])
             twins = [
                 one.line for one in entries if one.fixed == entry.fixed and one.line.parts[0].axes == line.parts[0].axes
@@ -298,8 +298,15 @@ class Table:
             if not twins:
                 entries.append(entry)
             elif not _same(twins[0], line):
-                raise ValueError(f"{line.native!r} is both {twins[0].parts} and {line.parts}")
+                raise ValueError(f"{name!r} is both {twins[0].parts} and {line.parts}")
         return {key: tuple(entries) for key, entries in found.items()}
+
+    def _names(self) -> Iterator[tuple[str, Line]]:
+        """Every name of every line: of the module, and of a parameter that is called neither weight nor bias."""
+        for line in (*self.lines, *(line for more in self.also.values() for line in more), *self.plain):
+            yield line.native, line
+            if line.parameter not in ("", "weight"):
+                yield f"{line.native}.{line.parameter}", line
 
     @cached_property
     def written(self) -> Mapping[str, Index]:

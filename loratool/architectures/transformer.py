@@ -118,9 +118,11 @@ class Encoder:
 
     def find(self, body: tuple[str, Numbers], shape: Shape) -> Hit | None:
         """What a flattened body means."""
+        if found := self.table.find(body, shape):
+            return found
         levels = sorted(map(flat, self.levels), key=len, reverse=True)
         bare = body[0].removeprefix(next((level for level in levels if body[0].startswith(level)), ""))
-        names = (body[0], bare, *(level + bare for level in levels))
+        names = (bare, *(level + bare for level in levels))
         return next((hit for name in names if (hit := self.table.find((name, body[1]), shape))), None)
 
 
@@ -219,36 +221,38 @@ class Transformer(Architecture):
 
     def stored(self, reference: str, world: str = "kohya", shape: Shape = ()) -> Stored | None:
         component, _, body = reference.partition(".")
-        at, names = skeleton(flat(body)), world
-        if world == "kohya":
-            names = self.flattened
-        encoder = next((e for e in self.encoders if e.component == component), None)
-        if component in MAINS:
-            hit = self.table.holder(at, shape, names)
-            prefix = {"kohya": "lora_unet_", "comfy": "diffusion_model.", "native": ""}.get(world, f"{component}.")
-            widths = self.sizes[0].widths
-        elif encoder:
-            hit = encoder.table.holder(at, shape)
-            prefix = {"kohya": encoder.kohya, "diffusers": f"{component}."}.get(world, encoder.comfy)
-            widths = encoder.size.widths
-        if (component not in MAINS and not encoder) or hit is None or not hit.line.parameter:
+        held = self._holder(component, skeleton(flat(body)), shape, world)
+        if held is None:
             return None
+        prefix, hit, widths = held
         references = [f"{component}.{name}" for name in hit.references]
         segments = tuple(map(Segment, references))
         if hit.line.swapped:
             segments = (Segment(references[0], 1, 2), Segment(references[0], 0, 2))
-        name = prefix + (flat(hit.native) if world == "kohya" else hit.native)
-        return Stored(name, segments, lambda known: _heights(hit.line, known, widths))
+        name = flat(hit.native) if world == "kohya" else hit.native
+        if world == "comfy" and hit.line.parameter not in ("", "weight"):
+            name += f".{hit.line.parameter}"  # ComfyUI names modules by their weight, else by the parameter itself
+        return Stored(prefix + name, segments, lambda known: _heights(hit.line, known, widths))
 
-    def kohya(self) -> NameTable:
-        """Reference names <-> kohya's, of those modules that are no part of a fused one."""
-        found = ((name, self.stored(name, shape=shape)) for name, shape in self.shapes().items())
-        pairs = ((name, s.name) for name, s in found if s and s.segments == (Segment(name),))
-        return self._tables.setdefault("kohya", NameTable(tuple(pairs)))
+    def _holder(
+        self, component: str, body: tuple[str, Numbers], shape: Shape, world: str
+    ) -> tuple[str, Hit, Mapping[str, int]] | None:
+        """What a module is called behind which prefix, and the usual widths."""
+        if component == MAIN or (component in MAINS and world == "diffusers"):
+            hit = self.table.holder(body, shape, self.flattened if world == "kohya" else world)
+            prefix = {"kohya": "lora_unet_", "comfy": "diffusion_model.", "native": ""}.get(world, f"{component}.")
+            return (prefix, hit, self.sizes[0].widths) if hit else None
+        encoder = next((e for e in self.encoders if e.component == component), None)
+        if encoder is None or (hit := encoder.table.holder(body, shape)) is None:
+            return None
+        prefix = {"kohya": encoder.kohya, "diffusers": f"{component}."}.get(world, encoder.comfy)
+        return prefix, hit, encoder.size.widths
 
     @cached_property
-    def _tables(self) -> dict[str, NameTable]:
-        return {}
+    def _kohya(self) -> NameTable:
+        """Of those modules that are no part of a fused one."""
+        found = ((name, self.stored(name, shape=shape)) for name, shape in self.shapes().items())
+        return NameTable(tuple((name, s.name) for name, s in found if s and s.segments == (Segment(name),)))
 
     # ---------------------------------------------------------------- single files
 

@@ -22,6 +22,7 @@ from loratool.formats import (
     litgpt,
     loralib,
     lycoris,
+    mapped,
     mistral,
     mlx,
     onetrainer,
@@ -60,7 +61,10 @@ FORMATS: tuple[Format, ...] = (
 
 # dialects that are known by their keys but not read yet: refused by name, never half-read
 RECOGNISED: tuple[tuple[str, str], ...] = (
-    ("a NeMo or Megatron checkpoint (export it in Hugging Face's form)", r"\.adapter\.linear_(in|out)\.|\.lora_kqv_adapter\."),
+    (
+        "a NeMo or Megatron checkpoint (export it in Hugging Face's form)",
+        r"\.adapter\.linear_(in|out)\.|\.lora_kqv_adapter\.",
+    ),
     ("a control LoRA (ControlNet)", r"^lora_controlnet$"),
     ("a ControlNet-LLLite", r"^lllite_"),
 )
@@ -69,7 +73,7 @@ _INVERSION = re.compile(r"^(emb_params|clip_[lg]|t5|llama|string_to_param(\..*)?
 
 def by_name(name: str) -> Format:
     """The format of that name. Raises UsageError."""
-    for format in FORMATS:
+    for format in (*FORMATS, mapped.FORMAT):
         if format.name == name:
             return format
     known = ", ".join(format.name for format in FORMATS)
@@ -79,11 +83,11 @@ def by_name(name: str) -> Format:
 def to_write(name: str | None, source: str = "") -> Format:
     """The format of that name, or where none is named the source's own, to be written. Raises UsageError.
 
-    Where the source's own is only read, it is kohya's: those are dialects of image models.
+    Where the source's own is only read, it is kohya's: those are dialects of image models; of names of the user's, raw.
     """
     chosen = by_name(name or source)
     if not chosen.writes and name is None:
-        return kohya.FORMAT
+        return raw.FORMAT if chosen is mapped.FORMAT else kohya.FORMAT
     if not chosen.writes:
         known = ", ".join(format.name for format in FORMATS if format.writes)
         raise UsageError("a format that is only read", repr(name), f"formats that are written: {known}")
@@ -94,6 +98,8 @@ def detect(evidence: Evidence) -> tuple[Format, str]:
     """The format of an input and why, from its content only. Raises FormatError when none recognises it."""
     if raw.MODULES in evidence.file.metadata:
         return raw.FORMAT, "written by loratool"
+    if reason := mapped.sniff(evidence):
+        return mapped.FORMAT, reason
     for name, pattern in RECOGNISED:
         found = next((key for key in evidence.keys if re.search(pattern, key)), None)
         if found is not None and "peft_type" not in evidence.config:
@@ -109,11 +115,16 @@ def detect(evidence: Evidence) -> tuple[Format, str]:
     if evidence.keys and all(map(_INVERSION.match, evidence.keys)):
         raise FormatError("this is a textual inversion, not an adapter", f"{evidence.weights}: {evidence.keys[0]}")
     sample = ", ".join(evidence.keys[:3]) or "none"
-    raise FormatError("no known adapter format", evidence.path, f"tensors found: {sample}")
+    unknown = "no known adapter format" + (
+        f", and the map {evidence.map} knows no tensor of it" if evidence.map else ""
+    )
+    raise FormatError(unknown, evidence.path, f"tensors found: {sample}")
 
 
 def read_adapter(evidence: Evidence, format: str | None = None) -> Adapter:
-    """Read an adapter, in the named format or the one its content shows. Raises FormatError."""
+    """Read an adapter, in the named format or the one its content shows. Raises FormatError, UsageError."""
+    if evidence.map is not None and format not in (None, mapped.FORMAT.name):
+        raise UsageError("a map and a format that has its own names", str(format), "give --from or --map, not both")
     chosen = by_name(format) if format else detect(evidence)[0]
     return chosen.read(evidence)
 

@@ -40,6 +40,8 @@ class Evidence:
     """Module names of the base, where the caller knows it: what flattened names are looked up in."""
     base: Model | None = field(default=None, repr=False)
     """The base itself, where the caller knows it: its shapes, its numbers of heads."""
+    map: Path | None = None
+    """The user's own names (`loratool.formats.mapped`), where there are some."""
 
     @cached_property
     def weights(self) -> Path:

@@ -17,8 +17,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from loratool.adapter import Adapter, Loss
 from loratool.architectures import Architecture
 from loratool.formats import dialects, kohya
@@ -31,6 +29,7 @@ from loratool.keys import Layout
 from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, SegmentOFT
 from loratool.kinds.sparse import Sparse
+from loratool.lazy import np
 from loratool.tensors import Tensor, write_safetensors
 from loratool.update import Dense, Sum, Update
 

@@ -21,8 +21,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool.adapter import Adapter, Loss
 from loratool.architectures.llama_cpp import LLAMA_CPP, LlamaCpp
 from loratool.errors import FormatError
@@ -30,6 +28,7 @@ from loratool.formats import llm
 from loratool.formats.base import Evidence, Format
 from loratool.gguf import write_gguf
 from loratool.keys import Layout, require_pair
+from loratool.lazy import np
 from loratool.tensors import CONTENT_HASH, SafetensorsFile, Tensor, content_hash, digest
 from loratool.update import Update
 

@@ -20,13 +20,12 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool.adapter import Adapter, Loss
 from loratool.errors import FormatError
 from loratool.formats import llm
 from loratool.formats.base import Evidence, Format
 from loratool.keys import Layout, require_pair
+from loratool.lazy import np
 from loratool.pickles import write_pickle
 from loratool.tensors import Tensor
 from loratool.update import Update, rows, stack

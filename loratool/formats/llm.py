@@ -14,8 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool import layouts
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
 from loratool.architectures.layouts import ONE_BY_ONE, STACKS, Naming
@@ -25,6 +23,7 @@ from loratool.errors import FormatError, MatchError
 from loratool.files import read_json
 from loratool.formats.base import CONFIG, Evidence
 from loratool.kinds.experts import Experts
+from loratool.lazy import np
 from loratool.tensors import FLOATS, Tensor, blocks, numpy_dtype
 from loratool.update import DoRA, Layer, LowRank, Update, as_low_rank
 

@@ -15,13 +15,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from loratool.adapter import Adapter, Loss, is_bias
 from loratool.errors import FormatError
 from loratool.formats import llm
 from loratool.formats.base import Evidence, Format
 from loratool.keys import Layout, require_pair
+from loratool.lazy import np
 from loratool.npz import looks_npz
 from loratool.pickles import looks_pickled, write_pickle
 from loratool.tensors import FLOATS, Tensor

@@ -18,14 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool.adapter import Adapter, Loss
 from loratool.errors import FormatError
 from loratool.files import read_json
 from loratool.formats import llm
 from loratool.formats.base import Evidence, Format, kept
 from loratool.keys import Layout, require_pair
+from loratool.lazy import np
 from loratool.tensors import Tensor, write_safetensors
 from loratool.update import Update
 

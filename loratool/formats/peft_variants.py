@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from loratool.errors import FormatError
+from loratool.lazy import np
 from loratool.tensors import Tensor
 
 _GROUP = 1024  # the largest pooling group that is believed

@@ -17,13 +17,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool import kinds
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
 from loratool.errors import FormatError
 from loratool.formats.base import Evidence, Format
 from loratool.keys import Layout, require_pair
+from loratool.lazy import np
 from loratool.tensors import FLOATS, SafetensorsFile, Tensor, write_safetensors
 from loratool.update import Additive, Dense, DoRA, LowRank, Sum, Update
 

@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool.adapter import Adapter, Loss
 from loratool.errors import FormatError
 from loratool.formats import llm
 from loratool.formats.base import Evidence, Format
 from loratool.keys import Layout, require_pair
+from loratool.lazy import np
 from loratool.pickles import write_pickle
 from loratool.tensors import Tensor
 from loratool.update import DoRA, Update

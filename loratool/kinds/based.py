@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import numpy as np
-
 from loratool.errors import FormatError
 from loratool.kinds.factored import entries
 from loratool.kinds.truncated import smallest
 from loratool.kinds.tuner import Tuner, axes, chained, double
+from loratool.lazy import np
 from loratool.tensors import Array, Tensor
 from loratool.update import Dense, Layer, Load, LowRank, Prepared, Replace, Update, alike, cast, namespace
 

@@ -11,15 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from loratool.errors import FormatError
 from loratool.kinds.factored import entries, torch_of
 from loratool.kinds.tuner import Composed, axes, chained, double
 from loratool.kinds.wavelets import Synthesis, order, synthesis
+from loratool.lazy import np
 from loratool.tensors import Tensor
 
-Rows = Callable[[int, int], np.ndarray]
+Rows = Callable[[int, int], "np.ndarray"]
 
 
 def places(count: int, shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
 from loratool.errors import FormatError, MatchError
+from loratool.lazy import np
 from loratool.tensors import Array, Tensor
 from loratool.update import Additive, Load, LowRank, Prepared, alike
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
-import numpy as np
-
 from loratool.errors import FormatError, LoratoolError
 from loratool.kinds.tuner import Factored, axes, chained, double
+from loratool.lazy import np
 from loratool.tensors import Tensor
 from loratool.update import LowRank
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from loratool.errors import FormatError
+from loratool.lazy import np
 from loratool.tensors import Tensor
 from loratool.update import Additive, Load, LowRank, Prepared, as_low_rank
 

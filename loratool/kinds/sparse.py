@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from loratool.errors import FormatError
 from loratool.kinds.halves import Unfolding, wide
+from loratool.lazy import np
 from loratool.tensors import Array, Tensor
 from loratool.update import Load, Prepared, namespace
 

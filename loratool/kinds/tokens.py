@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from loratool.errors import FormatError, MatchError
+from loratool.lazy import np
 from loratool.tensors import Array, Tensor
 from loratool.update import Load, Prepared, Update
 

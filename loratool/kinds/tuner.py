@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self
 
-import numpy as np
-
 from loratool.errors import FormatError, MatchError
 from loratool.kinds.halves import made, wide
+from loratool.lazy import np
 from loratool.tensors import FLOATS, Array, Tensor, numpy_dtype
 from loratool.update import Additive, Layer, Load, LowRank, Prepared, Update, trimmed
 

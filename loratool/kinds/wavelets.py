@@ -11,9 +11,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from loratool.errors import FormatError
+from loratool.lazy import np
 
 
 def order(family: str) -> int:

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from loratool.errors import MatchError, NumericError
+from loratool.lazy import np
 from loratool.onnx import require_onnx
 from loratool.onnx.fold import Change, Edit
 from loratool.onnx.graph import TYPES, Graph, Node, Use, Value

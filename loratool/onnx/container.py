@@ -18,10 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from loratool.errors import FormatError, LoratoolError
 from loratool.files import CHUNK, FileBytes
+from loratool.lazy import np
 from loratool.onnx.graph import NUMBERS, TYPES
 from loratool.tensors import Region, SafetensorsFile, Tensor, byte_count
 

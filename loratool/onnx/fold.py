@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool import __version__
 from loratool.devices import choose
 from loratool.errors import LoratoolError
 from loratool.files import check_space, prepare_output
+from loratool.lazy import np
 from loratool.onnx.graph import EXTERNAL, Graph, Node, Use, Value, Weight, tensor_message, tensors_of
 from loratool.onnx.resolve import Site
 from loratool.onnx.turned import restored, stored

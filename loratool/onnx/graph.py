@@ -15,10 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from loratool.errors import FormatError
 from loratool.files import FileBytes, existing, inside
+from loratool.lazy import np
 from loratool.onnx import require_onnx
 from loratool.onnx.wire import skim
 from loratool.tensors import DTYPES, Region, Tensor

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool.adapter import Loss
 from loratool.errors import FormatError, LossError, MatchError, some
+from loratool.lazy import np
 from loratool.onnx import require_onnx
 from loratool.onnx.branch import (
     Branch,

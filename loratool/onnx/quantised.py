@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from loratool.errors import MatchError
+from loratool.lazy import np
 from loratool.onnx.graph import Graph, Node, Use
 from loratool.onnx.operands import Operand
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from loratool.adapter import Adapter, is_bias
+from loratool.adapter import Adapter, is_bias, parameter
 from loratool.architectures import Slot
 from loratool.architectures.llm import CONV1D_NAMES, EMBEDDING_LEAVES
 from loratool.errors import MatchError
@@ -88,7 +88,10 @@ def resolve(graph: Graph, adapter: Adapter, base_weights: Model | None = None) -
     unmatched: list[Unmatched] = []
     wanted: dict[str, Update] = dict(adapter.updates)
     for target, update in wanted.items():
-        found = index.bias(target, update, adapter) if is_bias(target) else index.weight(target, update, adapter)
+        vector = is_bias(target) or len(update.shape) == 1
+        found = index.vector(target, update, adapter) if vector else index.weight(target, update, adapter)
+        if isinstance(found, Unmatched) and update.homogeneous and is_bias(target):
+            continue  # a rescaling of a bias that the graph does not have
         sites += found if isinstance(found, list) else []
         unmatched += [found] if isinstance(found, Unmatched) else []
     for name, tensor in adapter.carried.items():
@@ -267,10 +270,10 @@ class _Index:
 
     # ------------------------------------------------------------ vectors and whole tensors
 
-    def bias(self, target: str, update: Update, adapter: Adapter) -> list[Site] | Unmatched:
-        """The sites of a bias (or another parameter that is no matrix)."""
+    def vector(self, target: str, update: Update, adapter: Adapter) -> list[Site] | Unmatched:
+        """The sites of a bias, the weight of a normalisation, or another parameter that is no matrix."""
         spelling = adapter.spelling(target)
-        uses, source = self._parameter(target)
+        uses, source = self._parameter(target if target in adapter.carried else parameter(target))
         if not uses:
             return Unmatched(spelling, f"no such parameter in the graph; {source}")
         by_weight: dict[Value, list[Operand]] = {}
@@ -295,7 +298,7 @@ class _Index:
         module = name.removesuffix(".weight")
         matrix = name.endswith(".weight") and len(tensor.shape) > 1
         whole = replace(adapter, spellings={**adapter.spellings, module: adapter.spelling(name)})
-        found = self.weight(module, Replace(tensor), whole) if matrix else self.bias(name, Replace(tensor), adapter)
+        found = self.weight(module, Replace(tensor), whole) if matrix else self.vector(name, Replace(tensor), adapter)
         if isinstance(found, list) and module in adapter.updates:
             return [site for site in found if not self._copies(site, tensor)]
         return found

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
+from loratool.lazy import np
 from loratool.onnx.operands import Layout
 from loratool.tensors import Array, Tensor, numpy_dtype
 from loratool.update import DoRA, Load, LowRank, Prepared, Replace, Update

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from loratool.architectures.llm import EMBEDDING_LEAVES, tie_of
 from loratool.errors import MatchError
+from loratool.lazy import np
 from loratool.model import Model
 from loratool.names import Names, Unmatched, stores_transposed
 from loratool.onnx.operands import Layout, Operand

@@ -14,9 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from loratool.errors import LoratoolError, VerifyError
+from loratool.lazy import np
 from loratool.onnx.feeds import Feed, feeds
 from loratool.onnx.graph import Graph, read_graph
 from loratool.onnx.widen import widen, widen_adapter

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from loratool.lazy import np
 from loratool.onnx import require_onnx
 from loratool.onnx.container import Container, read_container, write_container
 from loratool.onnx.fold import Edit, Values, write_graph

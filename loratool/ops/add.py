@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from loratool.adapter import Adapter, is_bias, parameter
 from loratool.architectures import Slot
 from loratool.errors import MatchError, NumericError, UsageError
+from loratool.lazy import np
 from loratool.linalg import recompress
 from loratool.model import Model
 from loratool.names import Names, Unmatched, module_of
@@ -113,7 +112,7 @@ def _sum(terms: Sequence[Term], choice: Choice | None, bias: bool) -> tuple[Upda
     if matrix and None not in pairs and len({pair[0].shape[0] for pair in pairs if pair}) == 1:
         return _low_rank_sum([(s, u, pair) for (s, u), pair in zip(updates, pairs, strict=True) if pair], choice)
     if not matrix or (choice is None and all(isinstance(update, Additive) for _, update in updates)):
-        whole = _dense_sum(updates)
+        whole = _dense_sum(terms)
         return whole, (0.0, norm(whole) ** 2 if whole else 0.0)
     return _best(terms, choice)
 
@@ -183,17 +182,16 @@ def exact(values: np.ndarray, dtype: str) -> Tensor:
     return narrow if same else stored(values, _wider(dtype, "F32"))
 
 
-def _dense_sum(updates: Sequence[tuple[float, Update]]) -> Dense | None:
-    """Whole deltas summed in float64 and stored in float32 (or wider); None where the sum is zero."""
-    first = updates[0][1]
+def _dense_sum(terms: Sequence[Term]) -> Dense | None:
+    """Whole changes summed in float64 and stored in float32 (or wider); None where the sum is zero."""
+    first = terms[0][1][0]
     total = np.zeros(first.shape)
-    for strength, update in updates:
-        assert isinstance(update, Additive)
-        total += strength * update.delta().astype(np.float64).reshape(first.shape)
+    for strength, one in terms:
+        total += strength * np.concatenate(list(blocks(*one))).reshape(first.shape)
     if not total.any():
         return None
     kind = first.kind if isinstance(first, Dense) else "full"
-    return Dense(exact(total, _dtypes([update for _, update in updates])), 1.0, kind)
+    return Dense(exact(total, _dtypes([update for _, (update, _) in terms])), 1.0, kind)
 
 
 def _best(terms: Sequence[Term], choice: Choice | None) -> tuple[Update | None, Squares]:

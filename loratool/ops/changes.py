@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from loratool.adapter import Adapter, is_bias
 from loratool.architectures import Slot
 from loratool.architectures.llm import Tie, tie_of
 from loratool.errors import FormatError, MatchError, NumericError, UsageError
 from loratool.kinds.patch import Padded
 from loratool.kinds.tokens import Tokens
+from loratool.lazy import np
 from loratool.model import Location, Model
 from loratool.names import Names, Unmatched, has_number, match, module_of
 from loratool.plan import Part

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
 from loratool.adapter import Adapter, is_bias, parameter
 from loratool.architectures import Slot
 from loratool.errors import NumericError, UsageError
+from loratool.lazy import np
 from loratool.linalg import Truncation, recompress, truncated_svd
 from loratool.model import Model
 from loratool.names import Names, Unmatched

@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from loratool.adapter import Adapter, parameter
 from loratool.architectures import Slot
 from loratool.errors import MatchError
 from loratool.kinds.based import Hira
 from loratool.kinds.tuner import Tuner
+from loratool.lazy import np
 from loratool.model import Model
 from loratool.names import Names, Unmatched, orient
 from loratool.tensors import Tensor, block_rows

@@ -8,13 +8,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool import __version__
 from loratool.adapter import Adapter
 from loratool.errors import FormatError, MatchError, NumericError, UsageError, some
 from loratool.files import CHUNK
 from loratool.hashes import sha256
+from loratool.lazy import np
 from loratool.model import Model
 from loratool.names import match, module_of
 from loratool.ops.changes import extreme

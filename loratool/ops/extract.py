@@ -9,14 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-import numpy as np
-
 from loratool.adapter import Adapter, Metadata
 from loratool.architectures import Slot
 from loratool.architectures.llm import EMBEDDING_LEAVES, Tie, experts_transposed
 from loratool.devices import one_blas_thread
 from loratool.errors import FormatError, LossError, MatchError, NumericError, UsageError, some
 from loratool.kinds.experts import Experts
+from loratool.lazy import np
 from loratool.linalg import EXACT_SIDE, Truncation, adaptive_svd, exact_svd, rank_for_error, to_numpy, truncated_svd
 from loratool.model import Location, Model, pick
 from loratool.names import Names, Unmatched, has_number, module_of, stores_transposed

@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from loratool.adapter import Adapter
+from loratool.lazy import np
 from loratool.linalg import Truncation, error_for_energy, rank_for_error
 from loratool.model import Model
 from loratool.names import module_of

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from loratool.adapter import Adapter
 from loratool.architectures.layouts import ONE_BY_ONE, STACKS, VERSIONED_PREFIXES, Naming
 from loratool.errors import FormatError, MatchError, UsageError
 from loratool.kinds.experts import Experts
 from loratool.layouts import each_expert, expert_of
+from loratool.lazy import np
 from loratool.ops.resize import padded
 from loratool.tensors import Tensor
 from loratool.update import LowRank, Update, as_low_rank, rows, stack

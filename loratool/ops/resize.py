@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import numpy as np
-
 from loratool.adapter import Adapter, is_bias
 from loratool.devices import one_blas_thread
 from loratool.errors import MatchError, NumericError
+from loratool.lazy import np
 from loratool.linalg import Recompression, Truncation, adaptive_svd, exact_svd, recompress, truncated_svd
 from loratool.model import Model
 from loratool.ops.compare import Placed, blocks, norm, placed

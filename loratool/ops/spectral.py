@@ -7,10 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from loratool.adapter import Adapter, is_bias
 from loratool.errors import NumericError, UsageError
+from loratool.lazy import np
 from loratool.linalg import Truncation, allocate, error_for_energy, rank_for_error, to_numpy
 from loratool.ops.compare import product_norm
 from loratool.tensors import DTYPES, Tensor, header_bytes, numpy_dtype

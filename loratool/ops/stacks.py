@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from loratool.adapter import Adapter
 from loratool.errors import MatchError
 from loratool.kinds.experts import Experts, Order
+from loratool.lazy import np
 from loratool.model import Model
 from loratool.ops.compare import placed
 from loratool.ops.spectral import Result

@@ -20,11 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from loratool import __version__, kinds
 from loratool.errors import FormatError, LoratoolError
 from loratool.files import prepare_output
+from loratool.lazy import np
 from loratool.model import by_step_name
 from loratool.plan import Consumer, OutputFile, Part, Step
 from loratool.tensors import CONTENT_HASH, FLOATS, Tensor, block_digest, content_hash, digest, write_safetensors

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
-
 from loratool.adapter import Adapter, is_bias
+from loratool.lazy import np
 from loratool.ops.add import exact
 from loratool.ops.resize import padded
 from loratool.update import Dense, DoRA, LowRank, Update, as_low_rank

@@ -17,12 +17,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool import __version__, kinds
 from loratool.devices import choose
 from loratool.errors import FormatError, VerifyError
 from loratool.files import check_space, inside, prepare_output, staged, walk
+from loratool.lazy import np
 from loratool.model import Model, WeightFile, by_step_name
 from loratool.ops.merge import Progress, peak_bytes
 from loratool.ops.undo import UNDO, UNDO_HASH, file_digest, is_plain, restore, text_hash, unblob

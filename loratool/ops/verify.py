@@ -7,10 +7,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from loratool.devices import choose
 from loratool.errors import VerifyError
+from loratool.lazy import np
 from loratool.model import Model, by_step_name
 from loratool.ops.merge import Merge, MergeReport, Progress, report
 from loratool.plan import OutputFile, Run, Step, thread_count
