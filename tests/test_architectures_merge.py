@@ -204,7 +204,7 @@ def rows_of(values: dict[str, np.ndarray], slot: Slot) -> np.ndarray:
 
 
 def test_whole_differences_of_norms_and_modulations(tmp_path: Path) -> None:
-    """As distilled Wan adapters carry them (diffusion trap 56): of a norm, of biases, and of tables without a module."""
+    """As distilled Wan adapters carry them (diffusion trap 56): of a norm, of biases, of tables without a module."""
     known = next(known for known in TRANSFORMERS if known.name == "wan")
     before = write_base(tmp_path / "base.safetensors", known, narrow(known), "")
     rng = np.random.default_rng(6)

@@ -372,6 +372,7 @@ SPELLINGS = [  # (architecture, name in a file, shape, what it means)
     ("flux", "transformer.double_blocks.3.img_attn.qkv", (9, 3), QKV),  # trap 14
     ("flux", "double_blocks.3.img_attn.qkv", (9, 3), QKV),
     ("flux", "transformer_blocks.3.attn.to_q", (3, 3), QKV),
+    ("flux", "diffusion_model.double_blocks.3.img_attn.norm.key_norm.scale", (3,), f"{QKV[:-4]}norm_k"),  # ComfyUI
     ("flux2", "sformer_blocks.3.attn.to_q", (3, 3), QKV),
     ("wan", "lora_unet__blocks_0_cross_attn_o", (3, 3), "transformer.blocks.0.attn2.to_out.0"),  # trap 34
     ("wan", "transformer_2.blocks.0.attn1.to_q", (3, 3), "transformer_2.blocks.0.attn1.to_q"),
@@ -538,6 +539,22 @@ def test_heights_of_what_an_adapter_lacks() -> None:
     assert single.heights([None] * 4) is None
     final = get("flux").stored("transformer.norm_out.linear", "comfy")
     assert final is not None and final.heights([(6, 3), (6, 3)]) == (3, 3)
+
+
+def test_names_that_only_some_worlds_have() -> None:
+    """ComfyUI names what is no weight by the parameter; the second of two transformers is told by diffusers alone."""
+    flux, wan = get("flux"), get("wan")
+    norm = "transformer.transformer_blocks.3.attn.norm_k"
+    names = {world: flux.stored(norm, world).name for world in WORLDS}
+    assert names["comfy"] == "diffusion_model.double_blocks.3.img_attn.norm.key_norm.scale"
+    assert names["kohya"] == "lora_unet_double_blocks_3_img_attn_norm_key_norm"
+    second = "transformer_2.blocks.0.attn1.to_q"
+    assert {world for world in WORLDS if wan.stored(second, world)} == {"diffusers"}
+    table = wan.stored("transformer.blocks.0.scale_shift_table", "comfy")
+    assert table is not None and table.name == "diffusion_model.blocks.0.modulation"
+    assert flux.stored("unet.conv_in") is None and flux.stored("transformer.nothing") is None
+    assert flux.kohya().forward["transformer.proj_out"] == "lora_unet_final_layer_linear"
+    assert "transformer.norm_out.linear" not in flux.kohya().forward  # its halves are swapped
 
 
 # --- tables --------------------------------------------------------------------------------------------
