@@ -876,7 +876,7 @@ def number(value: float) -> float:
 FORMAT = Format(
     name="peft",
     title="Hugging Face PEFT folder",
-    kinds=("lora", "dora", *peft_tuners.WORDS),
+    kinds=("lora", "dora", "kasa", *peft_tuners.WORDS),
     container="folder",
     sniff=sniff,
     read=read,
