@@ -34,17 +34,14 @@ def found(path: Path, format: str, **options: Any) -> Adapter:
 
 
 def assert_deltas(adapter: Adapter, pairs: diffusion.Pairs, alpha: float | None = None) -> None:
-    """The adapter changes these modules, and just so: a few deltas whole, all of them as they act on a vector."""
+    """The adapter changes these modules, by these factors and this scaling; small deltas are computed."""
     assert adapter.updates.keys() == pairs.keys()
-    for n, (name, pair) in enumerate(pairs.items()):
+    for name, pair in pairs.items():
         update: Any = adapter.updates[name]
-        down, up = (factor.double().flatten(1).numpy() for factor in pair)
-        vector = np.linspace(-1, 1, down.shape[1])
-        ours, scaling = update.factors(), 1.0 if alpha is None else alpha / len(down)
-        np.testing.assert_allclose(
-            ours[0] @ (ours[1] @ vector), scaling * up @ (down @ vector), atol=1e-5, err_msg=name
-        )
-        if n % 40 == 0:
+        for factor, stored in zip(pair, (update.down, update.up), strict=True):
+            assert np.array_equal(stored.array(), factor), name
+        assert update.scaling == (1.0 if alpha is None else alpha / len(pair[0])), name
+        if pair[0][0].numel() * len(pair[1]) < 1 << 18:
             expected = diffusion.delta(pair, alpha)
             np.testing.assert_allclose(update.delta().reshape(expected.shape), expected, atol=1e-6, err_msg=name)
 
@@ -291,7 +288,7 @@ def test_published_files_keep_every_delta_in_every_format(
     losses = api.write(source, tmp_path / "out", format=to, allow_loss=True)
     assert len(losses) in (0, carried)
     assert all(loss.name in ("<s1>", "<s2>") for loss in losses)
-    diffusion.same(source, api.read(tmp_path / "out"), list(source.updates)[::16])
+    diffusion.same(source, api.read(tmp_path / "out"), list(source.updates)[::40])
 
 
 # -- what is not read, or not written ----------------------------------------------------------------------------
