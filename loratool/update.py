@@ -401,7 +401,7 @@ class DoRA(Update):
 
     def __post_init__(self) -> None:
         shape, size = self.direction.shape, self.magnitude.size
-        if len(shape) < 2 or size == 0:
+        if len(shape) < 2 or size == 0 or self.axis not in (0, 1):
             raise FormatError(f"a magnitude of shape {list(self.magnitude.shape)} for an update of {list(shape)}")
         pair = shape[1::-1] if self.layer == "transposed" else shape[:2]
         # the inputs of a LoHa or LoKr may hold a kernel, until the base tells it

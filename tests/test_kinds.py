@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loratool
-from loratool.errors import FormatError, MatchError
+from loratool.errors import FormatError, MatchError, NumericError
 from loratool.kinds import rotation
 from loratool.kinds.glora import GLoRA
 from loratool.kinds.hadamard import LoHa
@@ -1019,3 +1019,48 @@ def test_loha_laws(
         one, other = (np.einsum("ij...,ip,jr->pr...", wide(t), wide(x), wide(y)) for x, y, t in pairs)
     scaling = 1.0 if alpha is None else alpha / r
     assert_additive_laws(update, (scaling * one * other).reshape(update.shape), data)
+
+
+# -- hostile tensors -----------------------------------------------------------------------------------------
+
+KINDS: tuple[Any, ...] = (LoHa, LoKr, IA3, GLoRA, OFT, BOFT, PeftOFT, PeftOldOFT, PeftBOFT, Sparse, DoRA, Padded)
+
+
+@st.composite
+def anything(draw: st.DrawFn, hint: Any) -> Any:
+    """A value of a field's type, sound or not: tensors of any small shape, integers among them."""
+    shape = st.lists(st.integers(0, 4), max_size=4)
+    if hint is Tensor:
+        integers = draw(st.booleans())
+        values = np.array(draw(st.integers(-2, 3))) if integers else normal(*draw(shape)).array()
+        return Tensor.of(np.broadcast_to(values, draw(shape)).copy() if integers else values)
+    inner = get_args(hint)
+    if inner and get_origin(hint) is not tuple and get_origin(hint) is not Literal:
+        return draw(anything(draw(st.sampled_from(inner))))
+    known = {
+        int: st.integers(-1, 4),
+        float: st.sampled_from((0.0, -1.0, 2.0)),
+        bool: st.booleans(),
+        type(None): st.none(),
+        Additive: st.sampled_from((loha(), lokr(), samples.low(4, 4), Dense(normal(4)))),
+    }
+    if hint in known:
+        return draw(known[hint])
+    return draw(st.sampled_from(inner)) if get_origin(hint) is Literal else tuple(draw(shape))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_whatever_the_tensors_a_kind_refuses_or_works(data: st.DataObject) -> None:
+    """Nothing but an error that says what is wrong; what is accepted can be applied to a weight of its shape."""
+    kind = data.draw(st.sampled_from(KINDS))
+    hints = {k: h for k, h in get_type_hints(kind).items() if k in {field.name for field in fields(kind)}}
+    try:
+        update = kind(**{name: data.draw(anything(hint), name) for name, hint in hints.items()})
+        shape = tuple(n or data.draw(st.integers(1, 4)) for n in update.shape)
+        fitted = update.sized(shape)
+        if fitted is not None:
+            with np.errstate(all="ignore"):
+                assert fitted.apply(base(*shape)).shape == shape
+    except (FormatError, NumericError):
+        pass
