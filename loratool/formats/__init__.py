@@ -118,7 +118,7 @@ def detect(evidence: Evidence) -> tuple[Format, str]:
     unknown = "no known adapter format" + (
         f", and the map {evidence.map} knows no tensor of it" if evidence.map else ""
     )
-    raise FormatError(unknown, evidence.path, f"tensors found: {sample}")
+    raise FormatError(unknown, evidence.path, f"tensors found: {sample} (--map FILE tells what such names mean)")
 
 
 def read_adapter(evidence: Evidence, format: str | None = None) -> Adapter:
