@@ -58,14 +58,14 @@ class Tokens(Update):
         return {"value": self.value}
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
-        value, index = load(self.value), self.index.array().astype(np.int64)
+        index = self.index.array().astype(np.int64)
 
         def delta(start: int, stop: int, base: Array | None) -> Array:
             assert base is not None
             change = base * 0
-            here = np.flatnonzero((start <= index) & (index < stop))
-            rows = index[here] - start
-            change[rows] = (value[here] - base[rows]) * strength
+            rows, held, span = _within(index, start, stop)
+            if len(rows):
+                change[rows] = (load(self.value.slice(*span))[held] - base[rows]) * strength
             return change
 
         return Prepared(delta)
@@ -84,12 +84,20 @@ class Tokens(Update):
 
     def put_into(self, table: Tensor) -> Tensor:
         """``table`` with these rows in the place of its own, rounded once to its dtype: what no sum is exact for."""
-        index, value = self.index.array(), self.value.cast(table.dtype)
+        index, value = self.index.array().astype(np.int64), self.value.cast(table.dtype)
 
         def load(start: int, stop: int) -> np.ndarray:
             found = table.load(start, stop).copy()
-            here = np.flatnonzero((start <= index) & (index < stop))
-            found[index[here].astype(np.int64) - start] = value.array()[here]
+            rows, held, span = _within(index, start, stop)
+            if len(rows):
+                found[rows] = value.load(*span)[held]
             return found
 
         return Tensor(table.dtype, table.shape, load)
+
+
+def _within(index: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Rows of the block [start, stop) that ``index`` names, and where their values are: in a span, to be read alone."""
+    here = np.flatnonzero((start <= index) & (index < stop))
+    low, high = (int(here.min()), int(here.max()) + 1) if len(here) else (0, 0)
+    return index[here] - start, here - low, (low, high)
