@@ -153,7 +153,7 @@ def present(adapter: Adapter, model: Model) -> Adapter:
         for target, update in adapter.updates.items()
         if update.homogeneous and is_bias(target) and isinstance(names.find_target(target), Unmatched)
     }
-    return replace(adapter, updates={t: u for t, u in adapter.updates.items() if t not in absent}) if absent else adapter
+    return replace(adapter, updates={t: u for t, u in adapter.updates.items() if t not in absent})
 
 
 def match(adapter: Adapter, model: Model) -> tuple[list[Match], list[Unmatched]]:
