@@ -418,12 +418,12 @@ class Graphs:
 
     @cache  # noqa: B019
     def variant(self, name: str, how: str, exporter: str = "torchscript") -> Path:
-        """An export changed afterwards: basic, extended, all, fused, half, bfloat16, external, qdq, dynamic, nbits."""
+        """An export changed afterwards: basic, extended, all, fused, half, bfloat16, external, qdq, qoperator, ..."""
         source = self.export(name, exporter)
         out = self.folder / f"{source.stem}-{how}.onnx"
         if how in ("basic", "extended", "all"):
             return optimised(source, how, out)
-        if how in ("qdq", "dynamic", "nbits"):
+        if how in ("qdq", "qoperator", "dynamic", "nbits"):
             return quantised(source, how, out, feed(name))
         if how == "fused":
             return fused(source, name, out)
@@ -502,7 +502,7 @@ def external(source: Path, out: Path) -> Path:
 
 
 def quantised(source: Path, how: str, out: Path, inputs: Mapping[str, np.ndarray]) -> Path:
-    """int8 with scales found on ``inputs`` ("qdq") or when run ("dynamic"), or int4 blocks ("nbits")."""
+    """int8 with scales found on ``inputs`` ("qdq", "qoperator") or when run ("dynamic"), or int4 blocks ("nbits")."""
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -516,8 +516,9 @@ def quantised(source: Path, how: str, out: Path, inputs: Mapping[str, np.ndarray
 
     weights = {"per_channel": True, "weight_type": quantization.QuantType.QInt8}
     with quiet():
-        if how == "qdq":
-            quantization.quantize_static(source, out, Once(), quant_format=quantization.QuantFormat.QDQ, **weights)
+        if how in ("qdq", "qoperator"):
+            form = {"qdq": quantization.QuantFormat.QDQ, "qoperator": quantization.QuantFormat.QOperator}[how]
+            quantization.quantize_static(source, out, Once(), quant_format=form, **weights)
         elif how == "dynamic":
             quantization.quantize_dynamic(source, out, **weights)
         else:

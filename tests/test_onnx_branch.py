@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 import loratool
-from loratool.errors import NumericError
+from loratool.errors import MatchError, NumericError
 from loratool.model import Model, read_model
 from loratool.onnx.branch import branch
 from loratool.onnx.fold import Change, write_graph
@@ -242,6 +242,14 @@ def test_branches_of_an_if_share_their_factors(tmp_path: Path) -> None:  # onnx.
     assert_close(run(out, {"x": x, "c": np.array(True)}), [np.tanh(product)])
     assert_close(run(out, {"x": x, "c": np.array(False)}), [-product])
     assert initializers(out) == ["w", "proj.lora_A.weight", "proj.lora_B.weight"]
+
+
+def test_operators_that_round_at_once_are_refused(graphs: Graphs, tmp_path: Path) -> None:
+    """Integers in, integers out: there is no float to add to."""
+    base, adapter = graphs.variant("whisper", "qoperator"), graphs.adapter("whisper")
+    with pytest.raises(MatchError, match="QLinear") as error:
+        branched(base, tmp_path / "out.onnx", adapter)
+    assert "QDQ" in error.value.hint
 
 
 def test_a_factor_that_overflows_is_named(graphs: Graphs, tmp_path: Path) -> None:  # onnx.md trap 26

@@ -21,7 +21,7 @@ from loratool.onnx.resolve import resolve
 from loratool.onnx.verify import Trial, verify
 from loratool.tensors import Tensor
 from tests import samples
-from tests.onnx_models import Graphs, active, feed, run, session
+from tests.onnx_models import Graphs, active, feed, make, run, session
 from tests.test_onnx_branch import assert_close, branched
 
 pytestmark = pytest.mark.peer
@@ -146,6 +146,18 @@ def test_quantised_graphs_take_adapters(graphs: Graphs, tmp_path: Path) -> None:
     out, (file,) = exported(base, tmp_path, adapter)
     wanted = run(branched(base, tmp_path / "branch.onnx", adapter), feed("llama"))
     assert_close(session(out).run(None, feed("llama"), active(file)), wanted)
+
+
+def test_fused_nodes_take_adapters_onto_their_weights(graphs: Graphs, tmp_path: Path) -> None:
+    """Attention and EmbedLayerNormalization: nothing can be added behind the product."""
+    folder, adapter = tmp_path / "base", graphs.adapter("bert")
+    make("bert").save_pretrained(folder)
+    base, out = graphs.variant("bert", "fused"), tmp_path / "out.onnx"
+    report = loratool.export_onnx(base, adapter, out=out, mode="inputs", base_weights=folder)
+    assert report.verified
+    found = session(out).run(None, feed("bert"), active(Path(report.adapters[0])))
+    assert_close(found, graphs.reference("bert", adapter))
+    assert_close(run(out, feed("bert")), run(base, feed("bert")), 1e-6)
 
 
 def test_half_precision(graphs: Graphs, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from loratool.onnx import verify as proof
 from loratool.onnx.feeds import feeds, head_sizes, vocabulary
 from loratool.onnx.graph import read_graph
 from loratool.onnx.verify import BaseError, Trial, verify
+from tests import samples
 from tests.onnx_models import Graphs
 
 pytestmark = pytest.mark.peer
@@ -169,6 +170,39 @@ def test_a_base_that_does_not_run_is_blamed(tmp_path: Path) -> None:
     path = small(tmp_path / "base.onnx", [given("x", TensorProto.FLOAT, "n")], nodes, ["y"], shape=shape)
     with pytest.raises(BaseError, match="cannot run the base graph"):
         verify(read_graph(path), [Trial(path, path)])
+
+
+def test_a_base_without_known_inputs_is_not_proven(tmp_path: Path) -> None:
+    """Exported all the same, where no proof was asked for."""
+    inputs = [given("x", TensorProto.FLOAT, 2, 4), given("s", TensorProto.STRING, 2)]
+    nodes = [
+        helper.make_node("MatMul", ["x", "a.weight"], ["y"], "/a/MatMul"),
+        helper.make_node("Identity", ["s"], ["z"]),
+    ]
+    base = small(tmp_path / "base.onnx", inputs, nodes, ["y"], **{"a.weight": np.ones((4, 3), np.float32)})
+    adapter = samples.lora_file(tmp_path / "lora.safetensors", {"a": samples.low(3, 4, 2)})
+    report = loratool.export_onnx(base, adapter, out=tmp_path / "out.onnx")
+    assert not report.verified and any("not verified" in warning for warning in report.warnings)
+    with pytest.raises(BaseError, match="cannot run the base graph"):
+        loratool.export_onnx(base, adapter, out=tmp_path / "again.onnx", verify=True)
+    assert not (tmp_path / "again.onnx").exists()
+
+
+class Broken:
+    """A package that fails while it is imported."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "onnxruntime":
+            raise RuntimeError("numpy.dtype size changed")
+
+
+def test_onnxruntime_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert not proof.has_onnxruntime()
+    with pytest.raises(LoratoolError, match="dtype size") as error:
+        proof.onnxruntime()
+    assert error.value.exit_code == 1 and "pip install" in error.value.hint
 
 
 def test_onnxruntime_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

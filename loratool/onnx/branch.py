@@ -363,7 +363,10 @@ class _Builder:
     def onto_weight(self, branch: Branch) -> None:
         """Add to the weight itself, on its way to the node."""
         spot, use = self.spot, self.spot.operand.use
-        if spot.operand.quantised or spot.node.op.startswith("Nhwc"):
+        if spot.operand.quantised:
+            hint = "quantise the float graph with DequantizeLinear nodes (QDQ), or fold into it before"
+            raise MatchError(f"no place for a branch: {spot.node.op} rounds its result at once", _where(spot), hint)
+        if spot.node.op.startswith("Nhwc"):
             raise MatchError(f"no place for a branch at {spot.node.op}", _where(spot), "fold it: --mode fold")
         flipped = not spot.vector and not spot.operand.table and bool(spot.node.attribute("transB", 0))
         found = []

@@ -25,6 +25,7 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _DRIVER = Path("/proc/driver/nvidia/version")
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 _INTEGER = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "QLinearMatMul", "QAttention")
+_OPTIONS = {CUDA: {"use_tf32": "0"}}  # else products of float32 have the precision of float16
 SEEDS = 2
 
 
@@ -74,8 +75,8 @@ def onnxruntime() -> Any:
     """The package onnxruntime. Raises LoratoolError, with the line that installs it, where it is missing or broken."""
     try:
         import onnxruntime as found
-    except ImportError as error:
-        raise LoratoolError(f"onnxruntime cannot be imported: {error}", hint=INSTALL) from None
+    except Exception as error:  # a broken installation may fail in any way
+        raise LoratoolError(f"onnxruntime cannot be imported: {_first_line(error)}", hint=INSTALL) from None
     if not hasattr(found, "InferenceSession"):  # two distributions shared its folder, and one was removed
         hint = "pip uninstall onnxruntime onnxruntime-gpu, then " + INSTALL
         raise LoratoolError("onnxruntime is installed, but empty", hint=hint)
@@ -154,17 +155,21 @@ def _run_base(base: Graph) -> tuple[list[Feed], list[Feed], tuple[str, ...]]:
         session = _session(base.path)
     except Exception as error:
         raise BaseError(
-            f"onnxruntime cannot open the base graph: {_first_line(error)}", base.path, "--no-verify folds regardless"
+            f"onnxruntime cannot open the base graph: {_first_line(error)}", base.path, "--no-verify exports regardless"
         ) from None
-    for given in feeds(base, SEEDS):
-        try:
-            return given, _outputs(session, given), tuple(session.get_providers())
-        except Exception as error:
-            failed = error
+    failed: Exception = LoratoolError("it has no inputs")
+    try:
+        for given in feeds(base, SEEDS):
+            try:
+                return given, _outputs(session, given), tuple(session.get_providers())
+            except Exception as error:
+                failed = error
+    except LoratoolError as error:  # an input that no values can be made for
+        failed = error
     raise BaseError(
         f"onnxruntime cannot run the base graph on random inputs: {_first_line(failed)}",
         base.path,
-        "--no-verify folds regardless",
+        "--no-verify exports regardless",
     )
 
 
@@ -179,7 +184,8 @@ def _session(path: Path) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(str(path), options, providers=_wanted(ort))
+    providers = [(name, _OPTIONS.get(name, {})) for name in _wanted(ort)]
+    return ort.InferenceSession(str(path), options, providers=providers)
 
 
 def _wanted(ort: Any) -> list[str]:
