@@ -35,7 +35,7 @@ from loratool.onnx.wire import Hole, skim, unskim
 from loratool.plan import OutputFile, Part, Plan, Run, Step, thread_count
 from loratool.tensors import Tensor, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Replace, Update
-from tests.onnx_models import MODELS, Graphs, feed, make, run
+from tests.onnx_models import MODELS, Graphs, feed, forward, make, run
 from tests.samples import UPDATES, low, normal
 
 MODULE = "fc"
@@ -139,8 +139,6 @@ def test_optimised_graphs_give_what_peft_gives(graphs: Graphs, at: Any, tmp_path
 def test_merging_a_tied_head_would_change_the_embedding_too(graphs: Graphs, at: Any) -> None:  # trap 5
     from peft import PeftModel
 
-    from tests.onnx_models import forward
-
     out = folded(at(graphs.export("llama_tied", "dynamo")), graphs.adapter("llama_tied"))
     peft = PeftModel.from_pretrained(make("llama_tied"), graphs.adapter("llama_tied"))
     merged = forward(peft.merge_and_unload(), feed("llama_tied"))
@@ -173,6 +171,35 @@ def test_every_way_of_peft(graphs: Graphs, at: Any, config: dict[str, Any]) -> N
     for exporter in ("torchscript", "dynamo"):
         base = at(graphs.export("clip", exporter))
         close(run(folded(base, chosen), feed("clip")), graphs.reference("clip", chosen), run(base, feed("clip")))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("name", "tuner", "config"),
+    [
+        ("llama", "LoHa", {"r": 3, "target_modules": ["q_proj", "down_proj"]}),
+        ("unet", "LoKr", {"r": 3, "target_modules": ["to_q", "conv_in"]}),
+        ("llama", "IA3", {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+        ("gpt2", "IA3", {"target_modules": ["c_attn", "c_proj"], "feedforward_modules": ["c_proj"]}),
+        ("bert", "HRA", {"r": 4, "target_modules": ["query", "dense"]}),
+        ("bert", "LNTuning", {"target_modules": ["LayerNorm"]}),
+    ],
+)
+def test_other_tuners_of_peft(
+    graphs: Graphs, at: Any, tmp_path: Path, name: str, tuner: str, config: dict[str, Any]
+) -> None:
+    import peft
+    import torch
+
+    model = peft.get_peft_model(make(name), getattr(peft, f"{tuner}Config")(**config))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    base = at(graphs.export(name, "dynamo"))
+    wanted = forward(model.eval(), feed(name))
+    close(run(folded(base, tmp_path / "adapter"), feed(name)), wanted, run(base, feed(name)))
 
 
 @pytest.mark.peer

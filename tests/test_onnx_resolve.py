@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from onnx import helper, numpy_helper
 import loratool
 from loratool.adapter import Adapter, Metadata
 from loratool.errors import MatchError
+from loratool.kinds.rescale import IA3
 from loratool.model import Model, read_model
 from loratool.onnx.graph import Graph, read_graph
 from loratool.onnx.operands import module_names, operands, path_module
@@ -390,6 +392,20 @@ def test_biases_norms_and_whole_weights_are_found(graphs: Graphs) -> None:
         known = parameters("clip")
         for site, name in zip(sites, carried, strict=True):
             np.testing.assert_array_equal(held(site), known[name], err_msg=name)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_rescaling_needs_no_bias_but_where_there_is_one(tmp_path: Path, bias: bool) -> None:
+    """(IA)3 of outputs scales a bias along: one that is there and not found must not be passed over."""
+    scale = IA3(normal(4, seed=3))
+    adapter = Adapter({"q_proj": scale, "q_proj.bias": scale}, {}, Metadata("peft"))
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "/qkv_proj/MatMul")]
+    nodes += [helper.make_node("Add", ["h", "b"], ["y"])] if bias else []
+    graph = graph_of(tmp_path / "g.onnx", nodes, {"w": ones(3, 12)} | ({"b": ones(12)} if bias else {}))
+    update = scale.sized((4, 3))
+    assert update is not None
+    _, unmatched = resolve(read_graph(graph), replace(adapter, updates={**adapter.updates, "q_proj": update}))
+    assert [u.name for u in unmatched] == (["q_proj.bias"] if bias else [])
 
 
 def test_a_shared_vector_is_changed_for_its_own_module_only(tmp_path: Path) -> None:

@@ -90,8 +90,8 @@ def resolve(graph: Graph, adapter: Adapter, base_weights: Model | None = None) -
     for target, update in wanted.items():
         vector = is_bias(target) or len(update.shape) == 1
         found = index.vector(target, update, adapter) if vector else index.weight(target, update, adapter)
-        if isinstance(found, Unmatched) and update.homogeneous and is_bias(target):
-            continue  # a rescaling of a bias that the graph does not have
+        if isinstance(found, Unmatched) and update.homogeneous and index.has_no_bias(target):
+            continue  # there is nothing to be rescaled
         sites += found if isinstance(found, list) else []
         unmatched += [found] if isinstance(found, Unmatched) else []
     for name, tensor in adapter.carried.items():
@@ -292,6 +292,12 @@ class _Index:
                 )
             sites.append(Site(target, fitting, weight, tuple(operands_), source, spelling))
         return sites
+
+    def has_no_bias(self, target: str) -> bool:
+        """Whether the module of a bias is in the graph, and nothing is added to its product."""
+        hit = self.find(target.removesuffix(".bias"))
+        claims = [] if isinstance(hit, Unmatched) else self.claims[hit[0].removesuffix(".weight")]
+        return bool(claims) and all(bias_of(self.graph, claim.operand) is None for claim in claims)
 
     def carried(self, name: str, tensor: Tensor, adapter: Adapter) -> list[Site] | Unmatched:
         """The sites of a tensor that was trained whole; none where it is a copy of the graph's."""
