@@ -24,7 +24,8 @@ from loratool.formats.dialects import READ, has_component, is_language_model, is
 _FLAT = re.compile(r"^lora_(transformer|prior_unet|prior_te)_")
 _KOHYA_SLOT = re.compile(r"\.lora_(down|up)\.weight$")
 _NATIVE = re.compile(
-    r"^(input_blocks|middle_block|output_blocks|joint_blocks|double_blocks|blocks|layers|double_stream_blocks)\.\d"
+    r"^(input_blocks|middle_block|output_blocks|joint_blocks|double_blocks|blocks|double_stream_blocks)\.\d"
+    r"|^layers\.\d+\.(attention\.(qkv|out)|adaLN_modulation)\b"  # language models have feed_forward, too
 )
 
 
