@@ -389,7 +389,7 @@ def test_a_control_lora_of_black_forest_labs(tmp_path: Path) -> None:
     there = written(adapter, tmp_path / "out", "comfyui")
     found = diffusion.load(there)
     assert found["diffusion_model.img_in.reshape_weight"].tolist() == [H, 128]
-    assert torch.equal(found[f"diffusion_model.{norms[0].removesuffix('.scale')}.set_weight"], tensors[norms[0]])
+    assert torch.equal(found[f"diffusion_model.{norms[0]}.set_weight"], tensors[norms[0]])
     assert torch.equal(found[f"diffusion_model.{DOUBLE}.img_attn.qkv.diff_b"], torch.arange(3.0 * H))
     back = read(there, "comfyui")
     assert back.updates.keys() == adapter.updates.keys()
