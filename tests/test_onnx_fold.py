@@ -785,6 +785,30 @@ def test_the_output_is_whole_or_absent(graphs: Graphs, at: Any, monkeypatch: pyt
     assert {path.name: sha256(path) for path in base.parent.iterdir()} == before
 
 
+def test_an_old_graph_never_stands_beside_new_data(graphs: Graphs, at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files cannot be renamed at once: whatever happens in between, there is no graph rather than a wrong one."""
+    base = at(graphs.variant("llama", "external"))
+    out = base.with_name("merged.onnx")
+    export(base, graphs.adapter("llama"), out=out, strengths=[0.5])
+    rename = os.replace
+
+    def fail(source: Path, place: Path) -> None:
+        if Path(place) == out:
+            raise OSError(5, "Input/output error")
+        rename(source, place)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        export(base, graphs.adapter("llama"), out=out, overwrite=True)
+    assert not out.exists()
+    monkeypatch.undo()
+    export(base, graphs.adapter("llama"), out=out, overwrite=True)
+    assert sorted(path.name for path in base.parent.iterdir() if path.name.startswith((".", "merged"))) == [
+        "merged.onnx",
+        "merged.onnx.data",
+    ]
+
+
 def test_the_base_is_never_the_output(graphs: Graphs, at: Any) -> None:
     base = at(graphs.variant("llama", "external"))
     with pytest.raises(LoratoolError, match="would overwrite the base"):
