@@ -537,6 +537,7 @@ def test_heights_of_what_an_adapter_lacks() -> None:
     single = get("flux").stored("transformer.single_transformer_blocks.0.proj_mlp")
     assert single is not None and single.heights([None, None, None, (8, 2)]) == (2, 2, 2, 8)
     assert single.heights([None] * 4) is None
+    assert place.heights([(6, 6), (2, 6), (3, 6)]) == (6, 2, 3)  # what is there is as high as it is
     final = get("flux").stored("transformer.norm_out.linear", "comfy")
     assert final is not None and final.heights([(6, 3), (6, 3)]) == (3, 3)
 
@@ -582,3 +583,24 @@ def test_tables_are_read_when_they_are_first_asked_for() -> None:
     assert broken.name == "x"
     with pytest.raises(ValueError, match="columns"):
         broken.modules()
+
+
+HOSTILE: list[Shape] = [(), (0,), (1,), (7, 0), (0, 5), (13, 5), (2**62, 2**62), (2**70,), (1,) * 12]
+
+
+@every
+@pytest.mark.parametrize("shape", HOSTILE, ids=str)
+def test_hostile_shapes_give_rows_that_are_there_or_none(known: Transformer, shape: Shape) -> None:
+    """A damaged file never ends in a traceback: neither an adapter's module nor a tensor of a base."""
+    names = [hit.native for hit in known.table.modules(few(known.sizes[0], 1))]
+    for name in names:
+        for piece in known.pieces(name, shape):
+            assert all(0 <= start <= stop <= (shape[0] if shape else 1) for start, stop in piece.rows), name
+    file = {f"{name}.{leaf}": shape for name in names for leaf in ("weight", "bias", "scale", "weight.weight")}
+    for name, slot in known.checkpoint(file | dict.fromkeys(names, shape)).items():
+        assert slot.shape(shape)[1:] == shape[1:], name
+    identify_checkpoint(file)
+    identify(dict.fromkeys(names, shape))
+    for name in names[:20]:
+        place = known.stored(f"transformer.{name}", "diffusers", shape)
+        assert place is None or place.heights([shape] * len(place.segments)) is not None or not shape

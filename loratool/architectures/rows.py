@@ -89,15 +89,18 @@ class Line:
         return len(self.parts) == 1 and not self.swapped
 
     def ranges(self, stored: Shape, usual: Mapping[str, int]) -> tuple[Ranges, ...] | None:
-        """The rows of each part, where the stored weight has shape ``stored``; None where it has no such parts.
+        """The rows of each part, where the stored weight has shape ``stored``; None where it has no such parts (or none
+        at all: a scalar counts as one row).
 
         Parts as high as the weight is wide are so here; the others share the rest. Where that does not come out (or
         the width is not known), the proportions are those of the ``usual`` widths.
         """
-        if len(self.parts) == 1:
+        if self.whole:
+            return (((0, stored[0] if stored else 1),),)
+        if not stored:
+            return None
+        if self.swapped:
             half = stored[0] // 2
-            if not self.swapped:
-                return (((0, stored[0]),),)
             return (((half, stored[0]), (0, half)),) if stored[0] % 2 == 0 else None
         edges, found = 0, []
         heights = self._heights(stored, usual)
@@ -127,13 +130,14 @@ class Line:
         rows = [part.axes[0] for part in self.parts]
         heights = {axis: shape[0] for axis, shape in zip(rows, known, strict=True) if shape}
         for shape in known:
-            if shape and len(shape) > 1:
+            if shape and len(shape) > 1 and len(self.parts[0].axes) > 1:
                 heights.setdefault(self.parts[0].axes[1], shape[1])
         for axis, height in list(heights.items()):
             for other in rows:
                 if height * other.of(usual) % axis.of(usual) == 0:
                     heights.setdefault(other, height * other.of(usual) // axis.of(usual))
-        return tuple(heights[axis] for axis in rows) if all(axis in heights for axis in rows) else None
+        found = [shape[0] if shape else heights.get(axis) for axis, shape in zip(rows, known, strict=True)]
+        return None if None in found else tuple(height for height in found if height is not None)
 
     def agrees(self, stored: Shape) -> bool:
         """Whether a shape, stored or of a part, has the line's proportions, where these do not depend on the size."""
