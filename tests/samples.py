@@ -184,6 +184,9 @@ def tuners(o: int = 8, i: int = 12, r: int = 4) -> Mapping[str, Update]:
         "deft": based.Injection(basis=normal(o, r), content=normal(r, i), scale=0.5),
         "deft_transposed": based.Injection(basis=normal(o, r), content=normal(r, i), method="qr", layer="transposed"),
         "osf": based.Subspace(up=normal(o, 3), values=magnitude(3), down=normal(3, i)),
+        "peanut": based.Network(
+            down=normal(r, o), up=normal(o, r), encoders=(normal(r, r),), decoders=(normal(r, r, seed=1),), **sizes
+        ),
         "frod": based.Frod(
             diagonal=magnitude(i),
             values=normal(5),

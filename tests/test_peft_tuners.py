@@ -142,6 +142,8 @@ CASES: Mapping[str, Case] = {
     "deft_para": Case("DEFT", {"r": 3, "para": True}),
     "deft_gpt2": Case("DEFT", {"r": 3, "decomposition_method": "qr"}, "gpt2"),
     "osf": Case("OSF", {"effective_rank": 5, "target_svd_config": None}),
+    "peanut": Case("PEANUT", {"r": 3}),
+    "peanut_deep": Case("PEANUT", {"r": 3, "depth": 2, "act_fn": "silu", "scaling": 2.0}),
     "frod": Case("FROD", {"sparse_rate": 0.1, "progressbar": False}),
     "ln_tuning": Case("LN_TUNING", {"target_modules": ["input_layernorm", "model.norm"]}),
     "ln_tuning_gpt2": Case("LN_TUNING", {"target_modules": ["ln_1"]}, "gpt2"),
@@ -456,7 +458,7 @@ def test_a_shape_that_the_file_does_not_tell_comes_from_the_base(stored: Any, tu
 ROUTED = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "XLORA", "POLY", "LILY", "CPT", "ADAPTION_PROMPT", "CARTRIDGE")
 
 
-@pytest.mark.parametrize("kind", [*ROUTED, "MULTITASK_PROMPT_TUNING", "SHADOW", "PSOFT", "ADAMSS", "PEANUT"])
+@pytest.mark.parametrize("kind", [*ROUTED, "MULTITASK_PROMPT_TUNING", "SHADOW", "PSOFT", "ADAMSS"])
 def test_what_is_no_change_that_the_file_holds_is_refused_by_name(kind: str, tuned: Any, tmp_path: Path) -> None:
     """llm.md trap 67 and section 2, in either spelling of the type."""
     source = edited(tuned("miss"), tmp_path, {"peft_type": kind.lower()})
@@ -512,6 +514,7 @@ REFUSALS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     ("ia3_conv", {"feedforward_modules": "("}, "matched"),
     ("tokens", {"token_indices": [1, "2"]}, "token_indices"),
     ("hra", {"apply_GS": "yes"}, "apply_GS"),
+    ("peanut", {"act_fn": "gelu"}, "gelu"),
 )
 
 

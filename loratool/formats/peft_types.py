@@ -35,6 +35,7 @@ from loratool.kinds.based import (
     Householder,
     Injection,
     LnTuning,
+    Network,
     Road,
     Subspace,
 )
@@ -286,6 +287,26 @@ def _deft(words: Words, slots: Slots, module: str) -> dict[str, Any]:
     alpha, rank = words.number("alpha", 0), slots["basis"].shape[-1] if slots["basis"].shape else 1
     method = str(words.table.get("decomposition_method", "relu"))
     return {"method": method, "scale": alpha / max(rank, 1) if alpha and "content" in slots else 1.0}
+
+
+_SIDES = ("encoders", "decoders")
+_DEPTH = 8  # layers on each side that are known by name: PEFT's own is 0
+
+
+def _peanut(row: Row, words: Words, slots: Slots, module: str) -> dict[str, Update]:
+    """A network whose layers are numbered. Raises FormatError where a number is left out."""
+    sides = {side: [n for n in range(_DEPTH) if f"{side}.{n}" in slots] for side in _SIDES}
+    if any(found != list(range(len(found))) for found in sides.values()) or not {"down", "up"} <= slots.keys():
+        raise FormatError(f"a network of {', '.join(sorted(slots))}")
+    layers: dict[str, Any] = {side: tuple(slots[f"{side}.{n}"] for n in found) for side, found in sides.items()}
+    told = row.settings(words, slots, module)
+    return {"": Network(down=slots["down"], up=slots["up"], **layers, **told)}
+
+
+def _peanut_taken(row: Row, updates: Mapping[str, Any]) -> Slots:
+    update = updates[""]
+    layers = {f"{side}.{n}": layer for side in _SIDES for n, layer in enumerate(getattr(update, side))}
+    return {"down": update.down, "up": update.up, **layers}
 
 
 def _category(module: str) -> str:
@@ -709,6 +730,27 @@ ROWS: tuple[Row, ...] = (
         },
     ),
     Row(
+        "PEANUT",
+        (Network,),
+        (
+            ("down", ".peanut_A.weight"),
+            ("up", ".peanut_B.weight"),
+            *((f"{side}.{n}", f".peanut_{side}.{n}.weight") for side in _SIDES for n in range(_DEPTH)),
+        ),
+        told=lambda updates: {
+            "r": only(updates, lambda u: u.rank),
+            "depth": only(updates, lambda u: len(u.encoders)),
+            "act_fn": only(updates, lambda u: u.activation),
+            "scaling": only(updates, lambda u: u.scale),
+        },
+        settings=lambda words, slots, module: {
+            "activation": str(words.table.get("act_fn", "relu")),
+            "scale": float(words.number("scaling", 1.0)),
+        },
+        build=_peanut,
+        take=_peanut_taken,
+    ),
+    Row(
         "LN_TUNING",
         (LnTuning,),
         (("weight", ".ln_tuning_layers.weight"), ("bias", ".ln_tuning_layers.bias")),
@@ -785,7 +827,6 @@ WORDS: tuple[str, ...] = tuple(dict.fromkeys(row.name.lower() for row in ROWS))
 
 REFUSED: Mapping[str, str] = {
     "PSOFT": "it turns singular vectors of the base, whose signs are a matter of the library that finds them",
-    "PEANUT": "it changes the weight by a small network of that weight, which is not supported",
     "SHADOW": "a second model runs beside the base, it is no change of weights",
     "ADAMSS": "which outputs its blocks stand for is found by clustering the base, and not in the file",
 }

@@ -464,6 +464,82 @@ class Frod(Tuner):
         return Prepared(lambda start, stop, base: (product(product(base, back), held[0]) - base) * strength, scan)
 
 
+ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "relu": lambda x: np.maximum(x, 0.0),
+    "tanh": lambda x: np.tanh(x),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "linear": lambda x: x,
+}
+"""What may stand between the layers of PEANUT, by transformers' names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(Tuner):
+    """PEANUT: delta = scale x up @ f(down @ W), f a small network over the columns.
+
+    down [r,o], up [o,r]; f begins with an activation, goes through as many ``encoders`` as ``decoders`` [r,r], each
+    with an activation, and adds to what a decoder gives what the matching encoder was given.
+    """
+
+    word: ClassVar[str] = "peanut"
+    down: Tensor
+    up: Tensor
+    encoders: tuple[Tensor, ...] = ()
+    decoders: tuple[Tensor, ...] = ()
+    activation: str = "relu"
+    scale: float = 1.0
+
+    def check(self) -> None:
+        axes(2, peanut_A=self.down, peanut_B=self.up)
+        out, r = self.up.shape
+        inner = {layer.shape for layer in (*self.encoders, *self.decoders)}
+        if self.down.shape != (r, out) or inner - {(r, r)} or len(self.encoders) != len(self.decoders):
+            raise FormatError(
+                f"peanut_A {list(self.down.shape)}, peanut_B {list(self.up.shape)} and layers do not chain"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise FormatError(f"act_fn {self.activation!r} is not supported", hint=f"{', '.join(ACTIVATIONS)} are")
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        return (self.up.shape[0], 0)
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def scaling(self) -> float:
+        return self.scale
+
+    def sized(self, shape: tuple[int, ...]) -> Self | None:
+        return None if self.layer == "transposed" else super().sized(shape)
+
+    def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
+        up, down = load(self.up) * (self.scale * strength), load(self.down)
+        held: list[Array] = []
+
+        def scan(blocks: Iterable[Block]) -> None:
+            seen = sum(product(down[:, start:stop], base) for start, stop, base in blocks)  # [r,i]
+            wide = cast(seen, namespace(seen).float64)
+            values = wide if isinstance(wide, np.ndarray) else wide.cpu().numpy()
+            held[:] = [moved(load, self._through(values))]
+
+        return Prepared(lambda start, stop, base: product(up[start:stop], held[0]), scan)
+
+    def _through(self, values: np.ndarray) -> np.ndarray:
+        """f of values [r,i]."""
+        act = ACTIVATIONS[self.activation]
+        values, given = act(values), []
+        for layer in self.encoders:
+            given.append(values)
+            values = act(double(layer) @ values)
+        for layer in self.decoders:
+            values = act(double(layer) @ values) + given.pop()
+        return values
+
+
 class LnTuning(Replace):
     """LN tuning: the weight or bias of a norm, trained whole."""
 
@@ -479,4 +555,17 @@ class BiasShift(Dense):
     kind: str = "beft"
 
 
-KINDS = (LnTuning, BiasShift, Householder, Hira, BlockAffine, BoneAffine, Road, Glora, Injection, Subspace, Frod)
+KINDS = (
+    Network,
+    LnTuning,
+    BiasShift,
+    Householder,
+    Hira,
+    BlockAffine,
+    BoneAffine,
+    Road,
+    Glora,
+    Injection,
+    Subspace,
+    Frod,
+)
