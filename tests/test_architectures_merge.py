@@ -85,22 +85,23 @@ def test_every_module_lands_in_its_rows_of_a_single_file(known: Transformer, pre
             assert tensor.array().tobytes() == before[name].tobytes(), name
 
 
+@pytest.mark.parametrize("to", ["raw", "kohya", "comfyui"])
 @pytest.mark.parametrize("name", ["flux", "sd3", "lumina2", "mochi"])
-def test_what_is_extracted_from_single_files_gives_the_tuned_one(name: str, tmp_path: Path) -> None:
+def test_what_is_extracted_from_single_files_gives_the_tuned_one(name: str, to: str, tmp_path: Path) -> None:
     """Differences of fused weights are extracted by module, under reference names, and merged again."""
     known = next(known for known in TRANSFORMERS if known.name == name)
     size = narrow(known)
     before = write_base(tmp_path / "base.safetensors", known, size, "")
     rng = np.random.default_rng(3)
+    trained = {key for key, value in before.items() if value.ndim > 1 and key.endswith("weight") and "stage" not in key}
     tuned = {
-        key: value + rng.standard_normal(value.shape).astype(np.float32) if value.ndim > 1 else value
+        key: value + rng.standard_normal(value.shape).astype(np.float32) if key in trained else value
         for key, value in before.items()
     }
     write_safetensors(tmp_path / "tuned.safetensors", {k: Tensor.of(v) for k, v in tuned.items()}, {})
     paths = [tmp_path / name for name in ("base.safetensors", "tuned.safetensors")]
-    loratool.extract(*paths, out=tmp_path / "lora.safetensors", rank=64, to="raw")
-    adapter = loratool.read(tmp_path / "lora.safetensors")
-    found = {n for n in adapter.updates if n.startswith("transformer.")}
+    loratool.extract(*paths, out=tmp_path / "lora.safetensors", rank=64, to=to)
+    found = set(loratool.read(tmp_path / "lora.safetensors").updates)
     assert found == {n for n, s in known.shapes(size).items() if n.startswith("transformer.") and worth(s)}
     loratool.merge(paths[0], tmp_path / "lora.safetensors", out=tmp_path / "out.safetensors")
     merged = read_safetensors(tmp_path / "out.safetensors").tensors
