@@ -850,6 +850,7 @@ def test_a_merge_by_small_blocks(device: str, tmp_path: Path, monkeypatch: pytes
     """Every kind at once, half of what it does, in blocks that cross those of the rotations."""
     monkeypatch.setattr("loratool.tensors.BLOCK", 25)
     monkeypatch.setattr("loratool.kinds.halves.BLOCK", 25)
+    monkeypatch.setattr("loratool.kinds.rotation.BLOCK", 25)
     leaf = {name: f"h.{n}.{'mlp.c_fc' if 'transposed' in name else 'proj'}" for n, name in enumerate(LYCORIS)}
     weights = {name: normal(*update.shape, seed=60) for name, update in LYCORIS.items()}
     stored = {f"{leaf[name]}.weight": weight for name, weight in weights.items()}
@@ -1049,7 +1050,7 @@ def anything(draw: st.DrawFn, hint: Any) -> Any:
     return draw(st.sampled_from(inner)) if get_origin(hint) is Literal else tuple(draw(shape))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_whatever_the_tensors_a_kind_refuses_or_works(data: st.DataObject) -> None:
     """Nothing but an error that says what is wrong; what is accepted can be applied to a weight of its shape."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -20,18 +20,18 @@ from loratool.errors import FormatError
 from loratool.kinds.halves import wide
 from loratool.kinds.joined import joined
 from loratool.lazy import np
-from loratool.tensors import Array, Tensor
+from loratool.tensors import BLOCK, Array, Tensor, numpy_dtype
 from loratool.update import Layer, Load, Prepared, Update, alike, namespace
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One block-diagonal factor: ``turn`` [n,b,b], float64, acts on rows taken in ``order`` (None: as they are).
+    """One block-diagonal factor: 1 + ``less_one`` [n,b,b] acts on rows taken in ``order`` (None: as they are).
 
     One block may stand for all.
     """
 
-    turn: np.ndarray
+    less_one: np.ndarray
     order: np.ndarray | None = None
 
 
@@ -117,8 +117,7 @@ class Rotation(Update):
         return replace(self, **changes)  # type: ignore[type-var]
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
-        name = wide(*self.slots.values())
-        factors = [(load(Tensor.of(s.turn - np.eye(s.turn.shape[-1]), name)), s.order) for s in self.stages()]
+        factors = [(load(Tensor.of(stage.less_one)), stage.order) for stage in self.stages()]
         gain = None if self.gain is None else load(self.gain).reshape(-1)
 
         def reach(start: int, stop: int) -> tuple[int, int]:
@@ -164,25 +163,47 @@ def _turned(value: Array, first: int, factors: list[tuple[Array, np.ndarray | No
 
 
 def skew(blocks: np.ndarray) -> np.ndarray:
-    """B - B^T of each block [..,b,b]."""
-    return np.asarray(blocks - np.swapaxes(blocks, -1, -2))
+    """B - B^T of each block [n,b,b]."""
+    return np.asarray(blocks - np.swapaxes(blocks, 1, 2))
 
 
 def cayley(q: np.ndarray) -> np.ndarray:
-    """(1 + Q) (1 - Q)^-1 of skew-symmetric blocks [..,b,b]: orthogonal, and 1 - Q is never singular."""
+    """(1 + Q) (1 - Q)^-1 of skew-symmetric blocks [n,b,b]: orthogonal, and 1 - Q is never singular."""
     one = np.eye(q.shape[-1])
     return np.asarray(np.linalg.solve(one - q, one + q))
 
 
-def constrained(q: np.ndarray, limit: float) -> np.ndarray:
-    """Q, made shorter where its norm over all blocks exceeds ``limit``; 0 is no limit (diffusion 1.2.3)."""
-    norm = float(np.linalg.norm(q))
-    return np.asarray(q * (limit / norm)) if 0 < limit < norm else q
+def each_block(stored: Tensor, size: int, turn: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """``turn`` of the rows of a tensor [n,..], less 1: [n,b,b] in float32 (float64 where stored so).
+
+    Computed in float64, a few MiB at a time: kohya's blocks of a large layer are millions of numbers each.
+    """
+    found = np.empty((stored.rows, size, size), numpy_dtype(wide(stored)))
+    for rows in _spans(stored, size):
+        found[rows] = turn(_float64(stored, rows)) - np.eye(size)
+    return found
 
 
-def values(blocks: Tensor) -> np.ndarray:
-    """Stored blocks in float64."""
-    return blocks.float().astype(np.float64)
+def shrinking(blocks: Tensor, alpha: float | None, outputs: int) -> float:
+    """What B - B^T of all blocks together is multiplied with, so that its norm is at most alpha x outputs.
+
+    No alpha, or 0, is no constraint (diffusion 1.2.3, trap 45).
+    """
+    limit = (alpha or 0.0) * outputs
+    if limit <= 0:
+        return 1.0
+    squares = (np.square(skew(_float64(blocks, rows))).sum() for rows in _spans(blocks, blocks.shape[-1]))
+    norm = math.sqrt(float(sum(squares)))
+    return limit / norm if norm > limit else 1.0
+
+
+def _spans(stored: Tensor, size: int) -> Iterator[slice]:
+    step = max(1, BLOCK // size**2)
+    return (slice(start, min(start + step, stored.rows)) for start in range(0, stored.rows, step))
+
+
+def _float64(stored: Tensor, rows: slice) -> np.ndarray:
+    return stored.float(rows.start, rows.stop).astype(np.float64)
 
 
 def check_blocks(blocks: Tensor, axes: int) -> None:
@@ -236,10 +257,12 @@ class OFT(Rotation):
         return {"oft_blocks": self.oft_blocks, **({} if self.rescale is None else {"rescale": self.rescale})}
 
     def stages(self) -> list[Stage]:
-        blocks = values(self.oft_blocks)
-        if not self.direct:
-            blocks = cayley(constrained(skew(blocks), (self.alpha or 0.0) * self.size))
-        return [Stage(np.swapaxes(blocks, -1, -2))]
+        by = shrinking(self.oft_blocks, self.alpha, self.size)
+
+        def turn(blocks: np.ndarray) -> np.ndarray:
+            return np.swapaxes(blocks if self.direct else cayley(skew(blocks) * by), 1, 2)
+
+        return [Stage(each_block(self.oft_blocks, self.span, turn))]
 
     @property
     def _limited(self) -> bool:
@@ -422,10 +445,12 @@ class BOFT(Rotation):
         return {"oft_blocks": self.oft_blocks, **({} if self.rescale is None else {"rescale": self.rescale})}
 
     def stages(self) -> list[Stage]:
-        turns = cayley(constrained(skew(values(self.oft_blocks)), (self.alpha or 0.0) * self.size))
-        half = turns.shape[-1] // 2
+        count, blocks, size, _ = self.oft_blocks.shape
+        flat = self.oft_blocks.reshape(count * blocks, size, size)
+        by = shrinking(flat, self.alpha, self.size)
+        turns = each_block(flat, size, lambda b: cayley(skew(b) * by)).reshape(count, blocks, size, size)
         rows = np.arange(self.size)
-        orders = (rows.reshape(-1, 2, half << i).swapaxes(1, 2).reshape(-1) for i in range(len(turns)))
+        orders = (rows.reshape(-1, 2, size // 2 << i).swapaxes(1, 2).reshape(-1) for i in range(count))
         return [Stage(turn, order) for turn, order in zip(turns, orders, strict=True)]
 
 
@@ -491,11 +516,16 @@ class PeftOFT(Rotation):
         return replace(self, oft_R=_negated(self.oft_R) if back else self.oft_R, kernels_back=False, weight=shape)
 
     def stages(self) -> list[Stage]:
-        triangles, size = values(self.oft_R), self.span
-        upper = np.zeros((len(triangles), size, size))
-        upper[(slice(None), *np.triu_indices(size, 1))] = triangles
-        k = shortened(skew(upper), self.eps)
-        return [Stage(_neumann(k, self.neumann_terms) if self.neumann_terms else cayley(-k))]
+        size = self.span
+        limit = bound(self.eps, self.oft_R.rows)
+
+        def turn(triangles: np.ndarray) -> np.ndarray:
+            upper = np.zeros((len(triangles), size, size))
+            upper[(slice(None), *np.triu_indices(size, 1))] = triangles
+            k = shortened(skew(upper), limit)
+            return _neumann(k, self.neumann_terms) if self.neumann_terms else cayley(-k)
+
+        return [Stage(each_block(self.oft_R, size, turn))]
 
     def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
         return None if self.by_rows else joined(self, parts, heights, ())
@@ -521,15 +551,19 @@ def _neumann(k: np.ndarray, terms: int) -> np.ndarray:
     return np.asarray(total + power @ k)
 
 
-def shortened(blocks: np.ndarray, eps: float | None) -> np.ndarray:
-    """Blocks [n,b,b] whose norm is at most eps / sqrt(n): PEFT's constrained OFT."""
+def bound(eps: float | None, blocks: int) -> float:
+    """The norm that each of so many stored blocks has at most: PEFT's constrained OFT; infinite without ``eps``."""
     if eps is None:
-        return blocks
+        return math.inf
     if not eps > 0:
         raise FormatError(f"blocks of an OFT no longer than {eps}")
-    limit = eps / math.sqrt(len(blocks))
+    return eps / math.sqrt(blocks)
+
+
+def shortened(blocks: np.ndarray, limit: float) -> np.ndarray:
+    """Blocks [n,b,b], made shorter where their norm exceeds the limit."""
     norm = np.linalg.norm(blocks, axis=(1, 2), keepdims=True)
-    return np.asarray(np.where(norm <= limit, blocks, blocks * (limit / np.maximum(norm, 1e-300))))
+    return np.asarray(blocks * np.minimum(1.0, limit / np.maximum(norm, 1e-300)))
 
 
 @dataclass(frozen=True)
@@ -592,9 +626,14 @@ class PeftOldOFT(Rotation):
         return (rows if self.by_rows else columns) // self.span
 
     def stages(self) -> list[Stage]:
-        limit = None if self.eps is None else self.eps * math.ceil(self._outputs / self._count) ** 2
-        turn = cayley(-skew(shortened(values(self.oft_r), limit)) / 2)
-        return [Stage(turn if self.on_input else np.swapaxes(turn, -1, -2))]
+        eps = self.eps and self.eps * math.ceil(self._outputs / self._count) ** 2
+        limit = bound(eps, self.oft_r.rows)
+
+        def turn(blocks: np.ndarray) -> np.ndarray:
+            found = cayley(-skew(shortened(blocks, limit)) / 2)
+            return found if self.on_input else np.swapaxes(found, 1, 2)
+
+        return [Stage(each_block(self.oft_r, self.span, turn))]
 
     def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
         return None if self.by_rows else joined(self, parts, heights, ("oft_s",))
@@ -639,12 +678,13 @@ class PeftBOFT(Rotation):
         return {"boft_R": self.boft_R, "boft_s": self.boft_s}
 
     def stages(self) -> list[Stage]:
-        turns = cayley(-skew(values(self.boft_R)) / 2)
-        if len(turns) == 1:
+        count, blocks, size, _ = self.boft_R.shape
+        flat = self.boft_R.reshape(count * blocks, size, size)
+        turns = each_block(flat, size, lambda b: cayley(-skew(b) / 2)).reshape(count, blocks, size, size)
+        if count == 1:
             return [Stage(turns[0])]
-        half = turns.shape[-1] // 2
         rows = np.arange(self.size)
-        orders = (rows.reshape(-1, 1 << i, 2, half).swapaxes(1, 2).reshape(-1) for i in range(len(turns)))
+        orders = (rows.reshape(-1, 1 << i, 2, size // 2).swapaxes(1, 2).reshape(-1) for i in range(count))
         return [Stage(turn, np.argsort(order)) for turn, order in zip(turns, orders, strict=True)]
 
     def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
