@@ -225,3 +225,51 @@ def test_whole_differences_of_norms_and_modulations(tmp_path: Path) -> None:
     for key, name in stored.items():
         np.testing.assert_allclose(after[name].array(), before[name] + deltas[key], rtol=1e-6, atol=1e-6)
     assert sum(after[n].array().tobytes() != value.tobytes() for n, value in before.items()) == len(stored)
+
+
+def test_what_the_base_lacks_is_named(tmp_path: Path) -> None:
+    """diffusion trap 57: an adapter for images on a base for texts is refused by name, or insisted on."""
+    known = next(known for known in TRANSFORMERS if known.name == "wan")
+    write_base(tmp_path / "base.safetensors", known, narrow(known), "")
+    tensors = {}
+    for module in ("blocks_0_cross_attn_k_img", "blocks_0_cross_attn_k"):
+        tensors[f"lora_unet_{module}.lora_down.weight"] = Tensor.of(np.ones((2, 6), np.float32))
+        tensors[f"lora_unet_{module}.lora_up.weight"] = Tensor.of(np.ones((6, 2), np.float32))
+    write_safetensors(tmp_path / "lora.safetensors", tensors, {})
+    paths = tmp_path / "base.safetensors", tmp_path / "lora.safetensors"
+    with pytest.raises(loratool.LoratoolError, match="lora_unet_blocks_0_cross_attn_k_img") as refused:
+        loratool.merge(*paths, out=tmp_path / "out.safetensors")
+    assert refused.value.exit_code == 4
+    report = loratool.merge(*paths, out=tmp_path / "out.safetensors", allow_unmatched=True)
+    assert report.modules == 1 and len(report.unmatched) == 1
+
+
+def test_parts_of_an_adapter_are_enough(tmp_path: Path) -> None:
+    """diffusion trap 19: any blocks, any modules; of a fused projection, any of its parts."""
+    known = next(known for known in TRANSFORMERS if known.name == "flux")
+    size = narrow(known, 3)
+    before = write_base(tmp_path / "base.safetensors", known, size, "")
+    shapes = known.shapes(size)
+    some = ("transformer_blocks.2.attn.to_v", "single_transformer_blocks.1.proj_mlp")
+    deltas = write_adapter(
+        tmp_path / "lora.safetensors", {f"transformer.{n}": shapes[f"transformer.{n}"] for n in some}
+    )
+    loratool.convert(tmp_path / "lora.safetensors", out=tmp_path / "kohya.safetensors", to="kohya")
+    for adapter in ("lora", "kohya"):
+        out = tmp_path / f"{adapter}-out.safetensors"
+        loratool.merge(tmp_path / "base.safetensors", tmp_path / f"{adapter}.safetensors", out=out)
+        after = read_safetensors(out).tensors
+        h = size.widths["h"]
+        for (key, rows), delta in zip(
+            (
+                ("double_blocks.2.img_attn.qkv.weight", slice(2 * h, 3 * h)),
+                ("single_blocks.1.linear1.weight", slice(3 * h, None)),
+            ),
+            deltas.values(),
+            strict=True,
+        ):
+            expected = before[key].astype(np.float64)
+            expected[rows] += delta
+            np.testing.assert_allclose(after[key].array(), expected, rtol=0, atol=1e-5)
+        changed = {name for name, value in before.items() if after[name].array().tobytes() != value.tobytes()}
+        assert changed == {"double_blocks.2.img_attn.qkv.weight", "single_blocks.1.linear1.weight"}
