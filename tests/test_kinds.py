@@ -24,7 +24,7 @@ from loratool.kinds.rescale import IA3
 from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, SegmentOFT
 from loratool.kinds.sparse import Sparse
 from loratool.plan import OutputFile, Part, Plan, Step
-from loratool.tensors import Tensor, read_safetensors
+from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import Additive, Dense, DoRA, Sum, Update, rows, stack
 from tests import samples
 from tests.samples import LYCORIS, loha, lokr, magnitude, normal, tucker_loha
@@ -1065,3 +1065,11 @@ def test_whatever_the_tensors_a_kind_refuses_or_works(data: st.DataObject) -> No
                 assert fitted.apply(base(*shape)).shape == shape
     except (FormatError, NumericError):
         pass
+
+
+def test_a_t_lora_is_refused_by_name(tmp_path: Path) -> None:
+    """LyCORIS subtracts the factors that it began with, and does not save them."""
+    slots = {"q_layer.weight": normal(2, 5), "p_layer.weight": normal(7, 2), "lambda_layer": normal(1, 2)}
+    write_safetensors(tmp_path / "x.safetensors", {f"lora_unet_x.{name}": t for name, t in slots.items()}, {})
+    with pytest.raises(FormatError, match="T-LoRA"):
+        loratool.read(tmp_path / "x.safetensors")

@@ -67,6 +67,7 @@ RECOGNISED: tuple[tuple[str, str], ...] = (
     ),
     ("a control LoRA (ControlNet)", r"^lora_controlnet$"),
     ("a ControlNet-LLLite", r"^lllite_"),
+    ("a T-LoRA, whose initial factors are not in the file", r"\.lambda_layer$"),
 )
 _INVERSION = re.compile(r"^(emb_params|clip_[lg]|t5|llama|string_to_param(\..*)?|<[^>]+>)$")  # all that a file has
 
