@@ -172,7 +172,7 @@ def _agree(adapter: Adapter, row: Row) -> bool:
     updates = list(adapter.updates.values())
     if not row.gain and any(isinstance(u, Fixed) and u.gain != 1.0 for u in updates):
         return False
-    if not _still_says(adapter.metadata.config, adapter, row):
+    if _config_type(adapter) != row.name or not _still_says(adapter.metadata.config, adapter, row):
         try:
             row.told(adapter.updates)
         except ValueError:
