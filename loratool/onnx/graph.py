@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -225,6 +225,8 @@ class _Reader:
         self.producers: dict[Value, Node] = {}
 
     def graph(self) -> Graph:
+        for entry in (self.model, *self.model.metadata_props):
+            self._check_text(entry)
         self._scope(self.model.graph, None, 0)
         self._check_others()
         graph = Graph(self.path, self.model, tuple(self.scopes), tuple(self.nodes), self.weights)
@@ -253,6 +255,14 @@ class _Reader:
         if depth > _DEEPEST:
             raise FormatError("subgraphs inside each other are too deep", self.path)
         number = len(self.scopes)
+        ends = (*proto.input, *proto.output)
+        dims = (dim for entry in ends for dim in entry.type.tensor_type.shape.dim)
+        for entry in (*proto.initializer, *ends, *dims, *proto.metadata_props):
+            self._check_text(entry)
+        for node in proto.node:
+            self._check_text(node)
+            for part in (*node.attribute, *node.metadata_props):
+                self._check_text(part)
         initializers = [tensor.name for tensor in proto.initializer]
         made = [name for node in proto.node for name in node.output if name]
         sparse = [tensor.values.name for tensor in proto.sparse_initializer]
@@ -273,6 +283,12 @@ class _Reader:
                     self._weight(attribute.t, Value(number, message.output[0]), node)
                 for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                     self._scope(inner, number, depth + 1)
+
+    def _check_text(self, message: Any) -> None:
+        """Raise FormatError for text that is not UTF-8: protobuf hands it out as bytes."""
+        for about, value in message.ListFields():
+            if about.type == about.TYPE_STRING and not all(isinstance(v, str) for v in _listed(value)):
+                raise FormatError(f"the {about.name} is not UTF-8", self.path)
 
     def _weight(self, proto: Any, value: Value, constant: Node | None) -> None:
         where = f"{self.path}: {value.name}"
@@ -317,6 +333,8 @@ class _Reader:
         return Region(self.file, hole[0], nbytes)
 
     def _external(self, proto: Any, nbytes: int, where: str) -> Region:
+        for entry in proto.external_data:
+            self._check_text(entry)
         entries = {entry.key: entry.value for entry in proto.external_data}
         if len(entries) != len(proto.external_data) or "location" not in entries:
             raise FormatError("malformed external data: one location is needed", where)
@@ -349,6 +367,11 @@ class _Reader:
         for tensor in tensors_of(self.model):
             if tensor.data_location == EXTERNAL and id(tensor) not in known:
                 raise FormatError("external data of a tensor that is no initializer", f"{self.path}: {tensor.name}")
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    """A field's values, be it repeated or not."""
+    return (value,) if isinstance(value, (str, bytes)) else value
 
 
 def _held(proto: Any, dtype: str, shape: tuple[int, ...], nbytes: int, where: str) -> Tensor | None:

@@ -86,11 +86,10 @@ def resolve(graph: Graph, adapter: Adapter, base_weights: Model | None = None) -
     index = _Index(graph, base_weights)
     sites: list[Site] = []
     unmatched: list[Unmatched] = []
-    wanted: dict[str, Update] = dict(adapter.updates)
-    for target, update in wanted.items():
+    for target, update in adapter.updates.items():
         vector = is_bias(target) or len(update.shape) == 1
         found = index.vector(target, update, adapter) if vector else index.weight(target, update, adapter)
-        if isinstance(found, Unmatched) and update.homogeneous and index.has_no_bias(target):
+        if isinstance(found, Unmatched) and update.homogeneous and is_bias(target) and index.has_no_bias(target):
             continue  # there is nothing to be rescaled
         sites += found if isinstance(found, list) else []
         unmatched += [found] if isinstance(found, Unmatched) else []
@@ -279,8 +278,8 @@ class _Index:
         by_weight: dict[Value, list[Operand]] = {}
         for use in uses:
             traced = self.graph.trace(use)
-            assert traced is not None  # `_parameter` gives no others
-            by_weight.setdefault(traced[0].value, []).append(Operand(use, *traced))
+            if traced is not None:
+                by_weight.setdefault(traced[0].value, []).append(Operand(use, *traced))
         sites = []
         for operands_ in by_weight.values():
             weight = operands_[0].weight
