@@ -57,6 +57,7 @@ _HOMES: Mapping[str, tuple[str, ...]] = {
         "Injection",
         "Subspace",
         "Frod",
+        "Network",
     ),
 }
 KINDS: Mapping[str, str] = {name: home for home, names in _HOMES.items() for name in names}

@@ -553,19 +553,3 @@ class BiasShift(Dense):
     """BEFT: what is added to a layer's bias; value [o]."""
 
     kind: str = "beft"
-
-
-KINDS = (
-    Network,
-    LnTuning,
-    BiasShift,
-    Householder,
-    Hira,
-    BlockAffine,
-    BoneAffine,
-    Road,
-    Glora,
-    Injection,
-    Subspace,
-    Frod,
-)

@@ -232,6 +232,3 @@ class Circulant(Composed):
             return np.take_along_axis(found, index, -1).reshape(stop - start, -1)
 
         return block
-
-
-KINDS = (Fourier, Wavelet, Shira, Supertuning, Circulant)

@@ -535,6 +535,3 @@ def drawn(seed: int, *shapes: tuple[int, int]) -> list[Tensor]:
         return Tensor("F32", shapes[n], lambda start, stop: values()[n][start:stop])
 
     return [one(n) for n in range(len(shapes))]
-
-
-KINDS = (AdaLora, Vera, Pvera, Delora, Mixtures, ChosenMixtures, RandLora, Gralora, Miss, Bone, Unilora, Tinylora)
