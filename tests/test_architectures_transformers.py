@@ -378,6 +378,7 @@ SPELLINGS = [  # (architecture, name in a file, shape, what it means)
     ("wan", "transformer_2.blocks.0.attn1.to_q", (3, 3), "transformer_2.blocks.0.attn1.to_q"),
     ("wan", "diffusion_model.blocks.0.norm3", (3,), "transformer.blocks.0.norm2"),
     ("hunyuan-video", "lora_unet_double_blocks_0_img_mlp_0", (8, 2), "transformer.transformer_blocks.0.ff.net.0.proj"),
+    ("hunyuan-video", "Hunyuan_video_I2V_lora_double_blocks_3_img_attn_qkv", (9, 3), QKV),
     ("hunyuan-video", "double_blocks.0.img_mlp.fc1", (8, 2), "transformer.transformer_blocks.0.ff.net.0.proj"),
     (
         "hunyuan-video",

@@ -51,6 +51,7 @@ FLAT = (
     ("lora_transformer_", MAIN),
     ("oft_unet_", MAIN),
     ("lycoris_", MAIN),
+    ("Hunyuan_video_I2V_lora_", MAIN),  # of Tencent's trainer
     ("lora_te_", "te"),
     ("lora_te1_", "te1"),
     ("lora_te2_", "te2"),

@@ -29,8 +29,19 @@ from loratool.formats.modules import Holder, Module, held_by
 from loratool.kinds.rotation import OFT, SegmentOFT
 from loratool.tensors import Tensor, write_safetensors
 
-_PREFIX = re.compile(r"^(lora_(unet|te\d?)|oft_unet)_")
-_BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # ss_base_model_version
+_PREFIX = re.compile(r"^(lora_(unet|te\d?)|oft_unet|Hunyuan_video_I2V_lora)_")  # the last is of Tencent's trainer
+_TOLD = {  # ss_base_model_version, and the network module of sd-scripts or musubi-tuner
+    "sd1": ("sd_v1", "networks.lora"),
+    "sd2": ("sd_v2", "networks.lora"),
+    "sdxl": ("sdxl_base_v1-0", "networks.lora"),
+    "sd3": ("sd3", "networks.lora_sd3"),
+    "flux": ("flux1", "networks.lora_flux"),
+    "chroma": ("chroma", "networks.lora_flux"),
+    "lumina2": ("lumina2", "networks.lora_lumina"),
+    "hunyuan-image-2.1": ("hunyuan-image-2.1", "networks.lora_hunyuan_image"),
+    "anima": ("anima", "networks.lora_anima"),
+    "wan": ("wan", "networks.lora_wan"),
+}
 
 
 # ---------------------------------------------------------------- reading
@@ -94,12 +105,13 @@ def _flattened(adapter: Adapter, reference: str, shape: Shape) -> Stored | None:
 def strings(adapter: Adapter, tensors: Mapping[str, Tensor], known: Architecture | None) -> dict[str, str]:
     """The metadata: the source's, and what readers look for where it is not there."""
     slots = [(hit[1], tensor) for key, tensor in tensors.items() if (hit := dialects.WRITTEN.split(key))]
+    base, network = _TOLD.get(known.name if known else "", ("", "networks.lora"))
     plain = {slot for slot, _ in slots} <= {"down", "up", "alpha"}
     found = {
-        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
+        "ss_network_module": network if plain else "lycoris.kohya",
         "ss_network_dim": _common(str(tensor.shape[0]) for slot, tensor in slots if slot == "down"),
         "ss_network_alpha": _common(f"{tensor.item():g}" for slot, tensor in slots if slot == "alpha"),
-        "ss_base_model_version": _BASES.get(known.name, "") if known else "",
+        "ss_base_model_version": base,
     }
     strings = {key: value for key, value in adapter.metadata.strings.items() if key != TABLE}
     strings.update({key: value for key, value in found.items() if value and key not in strings})
