@@ -371,6 +371,15 @@ def test_a_module_of_several_different_weights_is_refused(tmp_path: Path) -> Non
     assert sorted(site.weight.value.name for site in sites) == ["a", "b"]
 
 
+def test_a_weight_taken_in_two_layouts_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "/fc/MatMul"),
+        helper.make_node("Gemm", ["h", "w"], ["y"], "/fc/Gemm", transB=1),
+    ]
+    with pytest.raises(MatchError, match="in different ways"):
+        resolve(read_graph(graph_of(tmp_path / "g.onnx", nodes, {"w": ones(3, 3)})), low(fc=(3, 3)))
+
+
 def test_two_targets_of_one_weight_are_refused(tmp_path: Path) -> None:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "/model/fc/MatMul")]
     graph = read_graph(graph_of(tmp_path / "g.onnx", nodes, {"w": ones(3, 4)}))

@@ -200,6 +200,9 @@ class _Index:
         if any(not w.tensor.same_bytes(weights[0].tensor) for w in weights[1:]):
             names = ", ".join(w.value.name for w in weights[:3])
             raise MatchError("several weights of the graph are of one module", f"{spelling}: {names}")
+        for found in by_weight.values():
+            if len({(claim.operand.layout, claim.operand.gain) for claim, _ in found}) > 1:
+                raise MatchError("nodes of one module take its weight in different ways", spelling)
         return [
             Site(
                 target,
