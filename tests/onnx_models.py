@@ -234,9 +234,18 @@ MODELS: dict[str, Model] = {
         dynamic=False,
     ),
     "twins": Model(make_twins, ("input_ids",), ["a", "c", "e"]),
-    "genai": Model(make_genai, ("input_ids", "attention_mask"), ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
     "packed": Model(make_packed, ("input_ids",), ["q_proj", "v_proj", "o_proj"]),
 }
+
+
+BUILT: dict[str, Model] = {  # no exporter's: graphs of onnxruntime-genai's builder
+    "genai": Model(make_genai, ("input_ids", "attention_mask"), ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
+}
+
+
+def about(name: str) -> Model:
+    """What a model of that name is."""
+    return (MODELS | BUILT)[name.removesuffix("_static")]
 
 
 def make(name: str) -> Any:
@@ -246,7 +255,7 @@ def make(name: str) -> Any:
     if name == "bert_static":
         name = "bert"
     torch.manual_seed(zlib.crc32(name.encode()))
-    model = MODELS[name].make().eval()
+    model = about(name).make().eval()
     for parameter, value in model.named_parameters():
         value.data.copy_(visible(parameter, value))
     if name == "twins":
@@ -268,7 +277,7 @@ def feed(name: str, seed: int = 0) -> dict[str, np.ndarray]:
         "timestep": np.array([5]),
         "encoder_hidden_states": random.standard_normal((1, 5, 12), np.float32),
     }
-    return {key: known[key] for key in MODELS[name.removesuffix("_static")].inputs}
+    return {key: known[key] for key in about(name).inputs}
 
 
 def past(layers: int = 2) -> dict[str, np.ndarray]:
@@ -358,7 +367,7 @@ def export(name: str, exporter: str, path: Path, model: Any = None, **options: A
 
     model = make(name) if model is None else model
     given = {key: torch.from_numpy(value) for key, value in feed(name).items()}
-    free = MODELS[name.removesuffix("_static")].dynamic and not name.endswith("_static")
+    free = about(name).dynamic and not name.endswith("_static")
     plain = type(model).forward  # in its place one of tensors only: exporters fill in the defaults of all others
     model.forward = lambda *values: tensors(plain(model, **dict(zip(given, values, strict=True))))
     common: dict[str, Any] = {"args": tuple(given.values()), "f": path, "input_names": list(given), **options}
@@ -402,8 +411,7 @@ class Graphs:
         import torch
         from peft import LoraConfig, get_peft_model
 
-        about = MODELS[name]
-        chosen = {"r": 3, "lora_alpha": 6, "target_modules": list(targets) or about.targets, **config}
+        chosen = {"r": 3, "lora_alpha": 6, "target_modules": list(targets) or about(name).targets, **config}
         word = zlib.crc32(repr((name, seed, sorted(map(str, chosen.items())))).encode())
         folder = self.folder / f"{name}-lora-{word:08x}"
         if folder.exists():
@@ -592,7 +600,7 @@ def freeze() -> None:
     FROZEN.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in (*MODELS, "bert_static"):
-            if name not in ("packed", "genai"):
+            if name != "packed":
                 path = export(name, "dynamo", Path(folder, f"{name}.onnx"))
                 frozen(name, strip(path, path))
         for name in SLOW:
