@@ -420,6 +420,27 @@ def test_the_t5_of_flux_is_known_by_its_leaves_28(prefix: str, component: str, t
     assert f"text_encoders.clip_l.transformer.{CLIP}.lora_A.weight" in comfy
 
 
+def test_the_oft_of_sd_scripts_turns_each_part_apart_46(tmp_path: Path) -> None:
+    """Its numbered blocks are those of the parts of a fused projection; the prefix is its own."""
+    counts = {"double_blocks_0_img_attn_qkv": (48,) * 3, "single_blocks_0_linear1": (48, 48, 48, 192)}
+    tensors = {"oft_unet_double_blocks_0_img_attn_proj.oft_blocks": 0.1 * torch.randn(48, 64, 64)}
+    for module, parts in counts.items():
+        for n, count in enumerate(parts):
+            tensors[f"oft_unet_{module}.oft_blocks.{n}"] = 0.1 * torch.randn(count, 64, 64)
+    tensors |= {f"{key.partition('.')[0]}.alpha": torch.tensor(1e-4) for key in tensors}
+    adapter = read(save(tmp_path / "file", tensors), "kohya")
+    assert adapter.metadata.architecture == "flux"  # by the heights alone: FLUX.2 has the same names
+    mlp: Any = adapter.updates["transformer.single_transformer_blocks.0.proj_mlp"]
+    assert torch.equal(
+        torch.from_numpy(mlp.oft_blocks.array()), tensors["oft_unet_single_blocks_0_linear1.oft_blocks.3"]
+    )
+    back = diffusion.load(written(adapter, tmp_path / "out", "kohya"))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in tensors.items())
+    for to, lost in (("lycoris", 0), ("comfyui", 8), ("diffusers", 8)):
+        assert len(by_name(to).losses(adapter)) == lost
+
+
 # -- names of other families ---------------------------------------------------------------------------------------
 
 
@@ -489,7 +510,10 @@ def test_a_fused_qkv_of_z_image_is_split(tmp_path: Path) -> None:
 def test_a_model_that_no_table_knows_keeps_its_dotted_names(tmp_path: Path) -> None:
     pairs = factors({"novel_blocks.0.mixer.in": (H, H)})
     path = save(tmp_path / "file", spelled(pairs, "diffusion_model.{}", "lora_A", None))
-    assert list(read(path, "comfyui").updates) == ["transformer.novel_blocks.0.mixer.in"]
+    adapter = read(path, "comfyui")
+    assert list(adapter.updates) == ["novel_blocks.0.mixer.in"]
+    assert diffusion.load(written(adapter, tmp_path / "out", "comfyui")).keys() == diffusion.load(path).keys()
+    assert [len(by_name(to).losses(adapter)) for to in ("kohya", "lycoris", "diffusers", "raw")] == [1, 1, 1, 0]
     with pytest.raises(FormatError, match="no known model has"):
         read(save(tmp_path / "flat", spelled(pairs, "lora_unet_{_}", "lora_down", None)), "kohya")
 

@@ -275,6 +275,8 @@ class Architecture:
 def agree(shape: Shape, expected: Shape) -> bool:
     """Whether an update of ``shape`` fits a weight of shape ``expected``; no shape, ``()``, fits all.
 
-    Kernel axes may be flattened, or be absent where they are one by one.
+    Kernel axes may be flattened, or be absent where they are one by one; a length of 0 is one that is not known.
     """
+    if 0 in shape:
+        return all(own in (0, other) for own, other in zip(shape, expected, strict=False))
     return not shape or (shape[0] == expected[0] and math.prod(shape) == math.prod(expected))

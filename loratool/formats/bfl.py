@@ -2,8 +2,8 @@
 
 Black Forest Labs' control LoRAs (Canny, Depth) have ``<module>.lora_A.weight`` [r,i], ``.lora_B.weight`` [o,r] and
 ``.lora_B.bias``, a delta of the bias, and whole ``<...>_norm.scale``, which replace those of the base. Their ``img_in``
-takes 128 channels: a base of 64 is grown when they are merged. There is no alpha: scaling 1. fal's trainers leave PEFT's
-``base_model.model.`` before the same names, without a configuration. Read only.
+takes 128 channels: a base of 64 is grown when they are merged. There is no alpha: scaling 1. fal's trainers leave
+PEFT's ``base_model.model.`` before the same names, without a configuration. Read only.
 """
 
 from __future__ import annotations

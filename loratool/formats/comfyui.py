@@ -6,7 +6,7 @@ Read: ``diffusion_model.<module>`` in the names of the original repository, text
 base's) and ``.reshape_weight`` (the shape to which the base is padded with zeros first) are of converted control LoRAs.
 
 Written: UNets under `kohya`'s names, transformers behind ``diffusion_model.`` with ``.lora_A.weight``,
-``.lora_B.weight`` and ``.alpha`` where one is stored, other kinds in LyCORIS' slots, magnitudes as [o,1]. ComfyUI
+``.lora_B.weight`` and ``.alpha`` unless it is the rank, other kinds in LyCORIS' slots, magnitudes as [o,1]. ComfyUI
 ignores alphas in metadata, takes a constraint of OFT for another number, drops its rescale, and has no (IA)3: such are
 losses. Source: ComfyUI `comfy/lora.py`, `comfy/weight_adapter`.
 """
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from loratool.adapter import Adapter, Loss
 from loratool.architectures import Architecture
+from loratool.architectures.base import Segment, Shape, Stored
 from loratool.formats import dialects, kohya
 from loratool.formats.base import Evidence, Format, kept
-from loratool.formats.dialects import TABLE, WRITTEN, is_slot
+from loratool.formats.dialects import NATIVE, TABLE, WRITTEN, is_slot
 from loratool.formats.lycoris import SEGMENTS
 from loratool.formats.modules import held_by
 from loratool.formats.slots import whole
@@ -60,7 +62,7 @@ def losses(adapter: Adapter) -> list[Loss]:
 def write(adapter: Adapter, path: Path) -> None:
     """Write such a file."""
     tensors, _, known = _said(adapter)
-    if known is None or "unet" in known.components:
+    if _flattens(adapter, known):
         write_safetensors(path, tensors, kohya.strings(adapter, tensors, known))
         return
     strings = {key: value for key, value in adapter.metadata.strings.items() if key != TABLE}
@@ -69,10 +71,33 @@ def write(adapter: Adapter, path: Path) -> None:
 
 def _said(adapter: Adapter) -> tuple[dict[str, Tensor], list[Loss], Architecture | None]:
     adapter, known = dialects.referenced(adapter)
-    if known is None or "unet" in known.components:
+    if _flattens(adapter, known):
         return *dialects.say(adapter, kohya.holder(adapter, known), fit=_fit), known
-    tensors, lost = dialects.say(adapter, held_by(known, "comfy"), layout=DOTTED, fit=_fit)
-    return {**tensors, **_padded(tensors)}, lost, known
+    holder = held_by(known, "comfy") if known else partial(_as_spelled, adapter)
+    tensors, lost = dialects.say(adapter, holder, layout=DOTTED, fit=_fit, locate=None if known else str)
+    told = {key: tensor for key, tensor in tensors.items() if not _is_the_rank(key, tensors)}
+    return {**told, **_padded(tensors)}, lost, known
+
+
+def _is_the_rank(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is an alpha that says what its absence does, which more readers take."""
+    down = tensors.get(key.removesuffix(".alpha") + DOTTED.suffixes["down"])
+    return key.endswith(".alpha") and down is not None and tensors[key].item() == down.shape[0]
+
+
+def _flattens(adapter: Adapter, known: Architecture | None) -> bool:
+    """Whether kohya's names are written: of UNets, known or not."""
+    return "unet" in known.components if known else not any(map(_is_native, map(adapter.spelling, adapter.updates)))
+
+
+def _is_native(spelling: str) -> bool:
+    return spelling.startswith(NATIVE)
+
+
+def _as_spelled(adapter: Adapter, reference: str, shape: Shape) -> Stored | None:
+    """The source's own name of a module of a model that no table knows, where it is ComfyUI's."""
+    spelling = adapter.spelling(reference)
+    return Stored(spelling, (Segment(reference),)) if _is_native(spelling) else None
 
 
 def _padded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from loratool.architectures.base import split as prefix_split
 from loratool.errors import FormatError, LoratoolError, MatchError, NumericError, some
 from loratool.formats import peft, raw, slots
 from loratool.formats.base import Evidence
-from loratool.formats.modules import Holder, Module, gathered, split
+from loratool.formats.modules import Holder, Locate, Module, gathered, split
 from loratool.formats.peft_config import Scales as PeftScales
 from loratool.formats.peft_config import mutating
 from loratool.formats.slots import Parts
@@ -104,6 +104,7 @@ WRITTEN = Layout(
     )
 )
 WEAK = ("scale", "weight")  # slots whose suffixes other tensors have too: they show no dialect
+NATIVE = "diffusion_model."  # ComfyUI's prefix of the original repository's names
 TABLE = "lora_adapter_metadata"  # metadata of diffusers: LoRA configurations by component, JSON
 EMBEDDINGS = "bundle_emb."  # textual inversions that travel along
 _EMBEDDING = re.compile(r"^<[^>]+>$")  # a token of cloneofsimo/lora
@@ -237,8 +238,8 @@ class Names:
                 return found
         if has_component(name):
             return name
-        if name.startswith("diffusion_model."):  # of a model that no table knows: the base must have the very name
-            return f"transformer.{name.removeprefix('diffusion_model.')}"
+        if name.startswith(NATIVE):  # of a model that no table knows: the base must have the very name
+            return name.removeprefix(NATIVE)
         raise FormatError(
             "a flattened name that no known model has" if "." not in name else "a module whose meaning is unknown",
             f"{self._where}: {spelled}",
@@ -562,12 +563,13 @@ def say(
     spelled: Callable[[Module], str] = lambda module: module.name,
     layout: Layout = WRITTEN,
     fit: Fit = lambda update: update,
+    locate: Locate | None = None,
 ) -> tuple[dict[str, Tensor], list[Loss]]:
     """The tensors of a file in LyCORIS' slots, and what they cannot say; ``fit`` knows what readers cannot take."""
     tensors = {name: tensor for name, tensor in adapter.carried.items() if name.startswith(EMBEDDINGS)}
     lost = [Loss(adapter.spelling(name), "a whole tensor; only adapters are loaded") for name in adapter.carried]
     lost = [loss for loss, name in zip(lost, adapter.carried, strict=True) if name not in tensors]
-    modules, unnamed = gathered(adapter, located, holder)
+    modules, unnamed = gathered(adapter, locate or located, holder)
     for module in modules:
         said = _said(module, layout, fit)
         found = {} if isinstance(said, str) else {layout.key(spelled(module), slot): t for slot, t in said.items()}
