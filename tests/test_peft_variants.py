@@ -831,3 +831,60 @@ def test_stacks_are_written_as_peft_sees_their_axes(order: Any, model_type: Any,
     (seen,) = again.orders(flagged)
     close(seen.delta(), square.delta(), 1e-5)
     assert told["peft_version"] == (made_by if made_by == "0.21.2" or (made_by and flagged) else "0.21.2")
+
+
+# -- a vocabulary that was resized before training -----------------------------------------------------------
+
+
+def longer(base: Path) -> Any:
+    """The model with three tokens more, the same values each time."""
+    import torch
+
+    model = models.load_model(base)
+    torch.manual_seed(3)
+    model.resize_token_embeddings(99, mean_resizing=False)
+    return model
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("llama", {}),
+        ("llama", {"trainable_token_indices": [96, 97]}),
+        ("llama_tied", {"trainable_token_indices": [96, 97]}),
+        ("llama_tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        ("llama_tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ],
+)
+def test_a_resized_vocabulary_comes_with_the_adapter(name: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """llm traps 40 and 41: whatever PEFT saves beside the LoRA, some of it twice and without the adapter's name."""
+    import torch
+    from peft import PeftModel
+
+    base = saved(make_small(name), tmp_path / "base")
+    lora = trained(longer(base), lora_config(**{"target_modules": ["q_proj"]} | more), tmp_path / "lora")
+    truth = models.logits(PeftModel.from_pretrained(longer(base), lora).eval())
+    loratool.merge(base, lora, out=tmp_path / "out")
+    found = models.load_model(tmp_path / "out")
+    assert found.config.vocab_size == 99
+    assert torch.allclose(models.logits(found), truth, atol=1e-5 * float(truth.abs().max()))
+
+
+@pytest.mark.peer
+def test_a_vocabulary_of_one_end_alone_is_a_mismatch(tmp_path: Path) -> None:
+    """PEFT saves only the end that has a LoRA: the other one's new rows are lost, and the model would not load."""
+    base = saved(make_small("llama"), tmp_path / "base")
+    lora = trained(longer(base), lora_config(target_modules=["q_proj", "embed_tokens"]), tmp_path / "lora")
+    with pytest.raises(MatchError, match=r"a vocabulary of 99 for model\.embed_tokens, lm_head keeps 96"):
+        loratool.merge(base, lora, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_copies_of_a_whole_tensor_must_agree(tmp_path: Path) -> None:
+    one = {f"{PREFIX}head.modules_to_save.weight": normal(3, 4), f"{PREFIX}head.weight": normal(3, 4)}
+    found = loratool.read(peft_folder(tmp_path / "x", {**peft_pair("q"), **one}, CONFIG))
+    assert list(found.carried) == ["head.weight"]
+    two = {**one, f"{PREFIX}head.weight": normal(3, 4, seed=1)}
+    with pytest.raises(FormatError, match=r"two tensors for head\.weight"):
+        loratool.read(peft_folder(tmp_path / "y", {**peft_pair("q"), **two}, CONFIG))

@@ -58,6 +58,10 @@ def experts_transposed(config: Mapping[str, Any]) -> bool | None:
     return found in TRANSPOSED_EXPERTS if isinstance(found, str) else None
 
 
+# Leaf names of what has a row for each token: the input embedding and the output projection.
+VOCABULARY_LEAVES = frozenset(("embed_tokens", "embed_in", "wte", "shared", "tok_embeddings", "lm_head", "embed_out"))
+
+
 @dataclass(frozen=True)
 class Tie:
     """One tied pair: the output projection and the input embedding that lends it its weight.

@@ -81,6 +81,7 @@ _ADAPTER_NAME = re.compile(
     r"\.(?!weight$|bias$)[^.]+(?=(\.weight|\.bias)?$)"
 )
 _TRAINING_ONLY = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
+_SAVED = re.compile(r"\.modules_to_save\.(?:(weight|bias)$|[^.]+\.)")  # the adapter's name is left out by some saves
 _OUT_PROJ = ".base_layer.out_proj"  # of a MultiheadAttention, which PEFT wraps with it
 
 # other tuners of PEFT, and whether their update is a fixed change of weights
@@ -183,7 +184,9 @@ def _carried(rest: Mapping[str, Tensor], spellings: dict[str, str], evidence: Ev
     for key, tensor in rest.items():
         name = _carried_name(normalise(key), evidence.config, evidence.weights)
         if name is not None:
-            if name in carried:
+            if name in carried and not carried[name].same_bytes(
+                tensor
+            ):  # PEFT saves a resized one that it trains twice
                 raise FormatError(f"two tensors for {name}", f"{evidence.weights}: {key} and {spellings[name]}")
             carried[name] = tensor
             spellings[name] = key
@@ -411,7 +414,7 @@ def _pair(module: str, slots: Mapping[str, Tensor], where: Path) -> tuple[Tensor
 
 def _carried_name(key: str, config: Mapping[str, Any], where: Path) -> str | None:
     """The parameter that a whole tensor stands for; None for copies that are dropped."""
-    key = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
+    key = _SAVED.sub(lambda found: f".{found[1] or ''}", key)
     if ".original_module." in key:
         return None
     key = _NESTED.sub("", key.replace(".token_adapter.base_layer.", "."))

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from loratool.adapter import Adapter, is_bias
 from loratool.architectures import Slot
-from loratool.architectures.llm import Tie, tie_of
+from loratool.architectures.llm import VOCABULARY_LEAVES, Tie, tie_of
 from loratool.errors import FormatError, MatchError, NumericError, UsageError
 from loratool.kinds.patch import Padded
 from loratool.kinds.tokens import Tokens
 from loratool.lazy import np
 from loratool.model import Location, Model
-from loratool.names import Names, Unmatched, has_number, match, module_of
+from loratool.names import Names, Unmatched, has_number, leaf, match, module_of
 from loratool.plan import Part
 from loratool.scaled import LARGEST
 from loratool.tensors import FLOATS, Tensor
@@ -61,6 +61,7 @@ def account(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float
     if tie is not None:
         _settle_tie(changes, tie, model)
     _put_tokens(changes, headed)
+    _check_vocabulary(changes, model)
     for name in changes.touched:
         dtype = headed.parameters[name][0].tensor.dtype
         if dtype in LARGEST and name in changes.parts:
@@ -269,6 +270,23 @@ def _settle_tie(changes: Changes, tie: Tie, model: Model) -> None:
     if not on_disk:  # the base that the embedding's update was trained on is the head's as well
         own = changes.replaced.get(embedding) if embedding in changes.parts else None
         changes.added[head] = own or model.parameters[embedding][0].tensor
+
+
+def _check_vocabulary(changes: Changes, model: Model) -> None:
+    """Raise MatchError where one end of the model gets another vocabulary and the other end, on disk, does not."""
+    for name, tensor in changes.replaced.items():
+        before = model.shape(name) if name in model.parameters else tensor.shape
+        if tensor.rows == before[0] or model.config_of(name).get("vocab_size") != before[0]:
+            continue
+        others = [other for other in model.parameters if leaf(other) in VOCABULARY_LEAVES and other != name]
+        behind = [other for other in others if model.shape(other) == before and other not in changes.replaced]
+        if behind:
+            raise MatchError(
+                f"the adapter brings a vocabulary of {tensor.rows} for {module_of(name)}, "
+                f"{module_of(behind[0])} keeps {before[0]}",
+                model.path,
+                "the adapter does not carry its other end: resize the base as it was for training",
+            )
 
 
 def _put_tokens(changes: Changes, model: Model) -> None:
