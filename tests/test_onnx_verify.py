@@ -304,6 +304,25 @@ def test_the_size_of_a_head_is_told_by_the_attention(graphs: Graphs) -> None:
         assert given["attention_mask"].shape == given["input_ids"].shape
 
 
+def test_free_channels_are_told_by_the_first_weight(tmp_path: Path) -> None:
+    """As optimum exports image models: every axis is free, and one of them is not."""
+    floats = TensorProto.FLOAT
+    inputs = [
+        given("sample", floats, "batch_size", "num_channels", "height", "width"),
+        given("states", floats, "batch_size", "sequence_length", "feature_size"),
+    ]
+    nodes = [
+        helper.make_node("Conv", ["sample", "conv"], ["y"], group=2, pads=[1] * 4),
+        helper.make_node("Cast", ["states"], ["wide"], to=floats),
+        helper.make_node("MatMul", ["wide", "product"], ["z"]),
+    ]
+    weights = {"conv": np.ones((4, 5, 3, 3), np.float32), "product": np.ones((11, 2), np.float32)}
+    path = small(tmp_path / "g.onnx", inputs, nodes, ["y", "z"], **weights)
+    found = next(feeds(read_graph(path), 1))[0]
+    assert found["sample"].shape[:2] == (2, 10) and found["states"].shape == (2, 6, 11)
+    assert verify(read_graph(path), [Trial(path, path)]).providers
+
+
 @pytest.mark.parametrize("kind", [TensorProto.STRING, TensorProto.INT4])
 def test_inputs_without_values_are_named(tmp_path: Path, kind: int) -> None:
     path = small(tmp_path / "g.onnx", [given("x", kind, 2)], [helper.make_node("Identity", ["x"], ["y"])], ["y"])

@@ -25,6 +25,7 @@ _TABLES = {  # operator -> (input with ids, input with the table), ...
     "EmbedLayerNormalization": ((0, 2), (1, 4)),
     "QEmbedLayerNormalization": ((0, 2), (1, 4)),
 }
+_FIRST = ("Conv", "MatMul", "Gemm")  # what tells the size of an axis of its input by its weight
 _PASTS = {  # operator -> (input with the past keys, attribute with the number of heads of its result)
     "GroupQueryAttention": (3, "num_heads"),
     "MultiHeadAttention": (6, "num_heads"),
@@ -74,7 +75,7 @@ PLANS = ((2, 6, 16), (1, 8, 64), (2, 16, 8), (1, 77, 64), (1, 3000, 64))
 
 def feeds(graph: Graph, seeds: int) -> Iterator[list[Feed]]:
     """For each plan, ``seeds`` random feeds. Raises LoratoolError for an input that no values can be made for."""
-    limits, known = vocabulary(graph), head_sizes(graph)
+    limits, known = vocabulary(graph), {**channel_sizes(graph), **head_sizes(graph)}
     given = {weight.name for weight in graph.weights if weight.scope == 0}
     required = [entry for entry in graph.model.graph.input if entry.name not in given]
     for sizes in PLANS:
@@ -168,13 +169,30 @@ def vocabulary(graph: Graph) -> dict[str, int]:
     return found
 
 
-def _origin(graph: Graph, value: Value | None) -> str | None:
-    """The input that ids come from unchanged, or nothing."""
+def channel_sizes(graph: Graph) -> dict[str, int]:
+    """Free dimensions of inputs whose size the first weight behind them gives away: channels, features."""
+    inputs = {entry.name: entry for entry in graph.model.graph.input}
+    found: dict[str, int] = {}
+    for node in graph.nodes:
+        traced = graph.trace(Use(node, 1)) if node.op in _FIRST else None
+        name = _origin(graph, graph.source(Use(node, 0)), ("Cast", "Identity")) if traced is not None else None
+        if traced is None or name not in inputs or len(traced[0].shape) < 2:
+            continue
+        dims = inputs[name].type.tensor_type.shape.dim
+        axis = 1 if node.op == "Conv" else len(dims) - 1
+        size = traced[0].shape[1] * node.attribute("group", 1) if node.op == "Conv" else traced[0].shape[-2]
+        if 0 < axis < len(dims) and dims[axis].dim_param and not traced[1] and not node.attribute("transB", 0):
+            found[dims[axis].dim_param] = size
+    return found
+
+
+def _origin(graph: Graph, value: Value | None, through: tuple[str, ...] = _SAME) -> str | None:
+    """The input that a value comes from unchanged (but for its shape), or nothing."""
     for _ in range(16):
         node = graph.producers.get(value) if value is not None else None
         if node is None:
             break
-        if node.op not in _SAME:
+        if node.op not in through:
             return None
         value = graph.source(Use(node, 0))
     return value.name if value is not None and value.scope == 0 and value not in graph.weights else None

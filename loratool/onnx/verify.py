@@ -40,7 +40,7 @@ class Tolerance:
 # What is compared differs in where it rounds: weights once, products and sums at every node
 TOLERANCES: Mapping[str, Tolerance] = {
     "F64": Tolerance(1e-12, 0.01),
-    "F32": Tolerance(3e-6, 0.02),
+    "F32": Tolerance(1e-5, 0.02),
     "F16": Tolerance(1e-2, 0.3),
     "BF16": Tolerance(2e-2, 0.5),
     "quantised": Tolerance(2e-2, 0.3),
