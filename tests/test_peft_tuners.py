@@ -373,6 +373,34 @@ def test_it_is_written_as_itself_byte_for_byte(name: str, tuned: Any, read: Any,
     assert_same_adapter(adapter, read(name, again))
 
 
+@pytest.mark.parametrize("name", ["vera", "randlora", "oft", "gralora_hybrid", "osf", "supertuning_lora", "adalora"])
+def test_the_adapter_s_name_in_the_keys_is_left_out(name: str, read: Any, tuned: Any, tmp_path: Path) -> None:
+    """llm.md trap 15: a raw dump of a state dict, whose keys hold ``default``."""
+    from peft import PeftModel
+
+    dump = PeftModel.from_pretrained(copy.deepcopy(model_of("llama")), tuned(name)).state_dict()
+    raw = {k: Tensor.of(v.numpy()) for k, v in dump.items() if ".default" in k and "ranknum" not in k}
+    assert len(raw) >= len(read_safetensors(tuned(name) / "adapter_model.safetensors").tensors)
+    folder = edited(tuned(name), tmp_path, tensors=lambda _: raw)
+    assert_same_adapter(read(name), read(name, folder))
+
+
+def test_bone_is_miss_by_its_former_name(stored: Any, tuned: Any, oracle: Any, tmp_path: Path) -> None:
+    """PEFT up to 0.17 wrote it so."""
+    for name in ("miss", "miss_bat"):
+        (tmp_path / name).mkdir()
+        folder = edited(
+            tuned(name),
+            tmp_path / name,
+            {"peft_type": "BONE"},
+            lambda held: {key.replace("miss_block", "bone_block"): tensor for key, tensor in held.items()},
+        )
+        assert_close(merged(stored("llama"), folder, tmp_path / f"{name}_out"), oracle(name))
+        adapter = loratool.read(folder)
+        assert {update.kind for update in adapter.updates.values()} == {"bone"}
+        assert_same_files(folder, written(adapter, tmp_path / name))
+
+
 @every_case
 def test_a_configuration_made_anew_gives_peft_the_same_model(
     name: str, stored: Any, read: Any, oracle: Any, tmp_path: Path

@@ -85,7 +85,8 @@ class Row:
     kinds: tuple[type[Update], ...]
     slots: tuple[tuple[str, str], ...]
     shared: tuple[tuple[str, str], ...] = ()
-    copied: tuple[tuple[str, str], ...] = ()  # (field, suffix): the shared tensors once more in each module
+    copied: tuple[tuple[str, str], ...] = ()  # (field, suffix): the shared tensors once more in each module,
+    saves_copies: bool = False  # as raw dumps have them, and PEFT's own files of this type where set
     family: Callable[[str], str] = lambda module: ""  # which of several shared tensors is a module's: ".name"
     optional: frozenset[str] = frozenset()
     bare: str = ""  # why a file has no module's tensors, where PEFT can save it so
@@ -102,8 +103,12 @@ class Row:
 
     def __post_init__(self) -> None:
         pairs = (*self.slots, *((COPY + name, suffix) for name, suffix in self.copied))
-        aliases = tuple((slot, f"{suffix}.default") for slot, suffix in pairs)
-        object.__setattr__(self, "layout", Layout(pairs, aliases))
+        object.__setattr__(self, "layout", Layout(pairs))
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """What the names of this type's tensors begin with: ``.vera_``."""
+        return tuple(dict.fromkeys(suffix.split("_")[0] + "_" for _, suffix in self.slots))
 
 
 COPY = "copy of "

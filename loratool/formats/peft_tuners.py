@@ -8,6 +8,7 @@ the file is refused by name. Source: huggingface/peft 0.21.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,8 @@ def read(
     words = Words(evidence.config, evidence.path)
     row.check(words)
     shared, own = _apart(row, evidence)
-    modules, rest = row.layout.group(own, normalise, evidence.weights)
+    named = re.compile(rf"((?:{'|'.join(map(re.escape, row.stems))})\w*)\.default(?=\.|$)")
+    modules, rest = row.layout.group(own, lambda key: named.sub(r"\1", normalise(key)), evidence.weights)
     updates: dict[str, Update] = {}
     used: set[str] = set()
     if row.drawn is not None and not shared:
@@ -65,10 +67,9 @@ def read(
         used.update(keys.values())
     if not updates:
         raise FormatError(f"a {row.name} adapter without a module's tensors", evidence.weights, row.bare)
-    stems = {suffix.split("_")[0] + "_" for _, suffix in row.slots}
     used.update(name for name in shared if row.pool and name.startswith(f"{row.pool}."))
     strays = [SHARED + name for name in shared.keys() - used]
-    if strays := strays + [key for key in rest if any(stem in key for stem in stems)]:
+    if strays := strays + [key for key in rest if any(stem in key for stem in row.stems)]:
         raise FormatError("a tensor whose meaning is unknown", f"{evidence.weights}: {strays[0]}")
     return updates, rest, {target: PREFIX + target for target in updates}
 
@@ -194,7 +195,9 @@ def written(adapter: Adapter, row: Row) -> tuple[dict[str, Tensor], dict[str, An
     for module, updates in _by_module(adapter.updates).items():
         slots = row.take(row, updates)
         tensors |= {f"{PREFIX}{module}{suffix}": slots[name] for name, suffix in row.slots if name in slots}
-        tensors |= {f"{PREFIX}{module}{suffix}": getattr(updates[""], name) for name, suffix in row.copied}
+        tensors |= {
+            f"{PREFIX}{module}{suffix}": getattr(updates[""], name) for name, suffix in row.copied if row.saves_copies
+        }
         if not unsaved:
             tensors |= {f"{SHARED}{key}{row.family(module)}": getattr(updates[""], name) for name, key in row.shared}
         pool: Sequence[Tensor] = getattr(updates[""], "thetas", ()) if row.pool else ()

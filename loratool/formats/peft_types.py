@@ -473,6 +473,7 @@ ROWS: tuple[Row, ...] = (
         (Vera,),
         (("scale_up", ".vera_lambda_b"), ("scale_down", ".vera_lambda_d")),
         shared=(("down", "vera_A"), ("up", "vera_B")),
+        copied=(("down", ".vera_A"), ("up", ".vera_B")),
         drawn=_vera_drawn(1),
         gain=("scale_up",),
         told=lambda updates: {**_rank(updates), "save_projection": True},
@@ -482,6 +483,7 @@ ROWS: tuple[Row, ...] = (
         (Pvera,),
         (("scale_up", ".pvera_lambda_b"), ("scale_down", ".pvera_lambda_d")),
         shared=(("down", "pvera_A"), ("up", "pvera_B")),
+        copied=(("down", ".pvera_A"), ("up", ".pvera_B")),
         drawn=_vera_drawn(2),
         gain=("scale_up",),
         check=_refuse("sample_at_inference", "the change is drawn anew at each step"),
@@ -515,6 +517,7 @@ ROWS: tuple[Row, ...] = (
         (("scale", ".randlora_lambda"), ("gamma", ".randlora_gamma")),
         shared=(("down", "randlora_A"), ("up", "randlora_B")),
         copied=(("down", ".randlora_A"), ("up", ".randlora_B")),
+        saves_copies=True,
         gain=("scale",),
         settings=lambda words, slots, module: {"alpha": float(words.number("randlora_alpha", 640))},
         told=lambda updates: {
