@@ -881,6 +881,33 @@ def test_a_vocabulary_of_one_end_alone_is_a_mismatch(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_tied_head_on_disk_gets_the_longer_vocabulary(lora: bool, tmp_path: Path) -> None:
+    """Some checkpoints hold both ends of a tie."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "vocab_size": 9,
+    }
+    both = {"model.embed_tokens.weight": normal(9, 4), "lm_head.weight": normal(9, 4)}
+    base = model(tmp_path / "base", both, config)
+    key = f"{PREFIX}model.embed_tokens.{'base_layer.' * lora}weight"
+    tensors = {**(peft_pair("q") if not lora else {}), key: normal(11, 4, seed=2)}
+    if lora:
+        head = f"{PREFIX}model.embed_tokens.lora_embedding"
+        tensors |= {f"{head}_A": normal(3, 11), f"{head}_B": normal(4, 3, seed=1)}
+    folder = peft_folder(tmp_path / "x", tensors, CONFIG)
+    loratool.merge(base, folder, out=tmp_path / "out", allow_unmatched=not lora)
+    merged = {name: at[0].tensor.array() for name, at in read_model(tmp_path / "out").parameters.items()}
+    whole = normal(11, 4, seed=2).array()
+    np.testing.assert_array_equal(merged["lm_head.weight"], whole)
+    delta = 2 * (normal(4, 3, seed=1).array() @ normal(3, 11).array()).T if lora else 0
+    close(merged["model.embed_tokens.weight"], whole + delta)
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert told["vocab_size"] == 11 and told["tie_word_embeddings"] is not lora
+
+
 def test_two_copies_of_a_whole_tensor_must_agree(tmp_path: Path) -> None:
     one = {f"{PREFIX}head.modules_to_save.weight": normal(3, 4), f"{PREFIX}head.weight": normal(3, 4)}
     found = loratool.read(peft_folder(tmp_path / "x", {**peft_pair("q"), **one}, CONFIG))

@@ -254,6 +254,8 @@ def _settle_tie(changes: Changes, tie: Tie, model: Model) -> None:
     on_disk = head in model.parameters
     whole = changes.replaced.get(embedding)
     longer = whole is not None and whole.rows != model.shape(embedding)[0]
+    if whole is not None and longer and on_disk:  # another vocabulary: the head on disk goes along
+        changes.replaced.setdefault(head, whole)
     if longer and not on_disk and head not in changes.touched and embedding not in changes.parts:
         return  # another vocabulary, trained whole: the head goes along
     if _same_change(changes, head, embedding):
