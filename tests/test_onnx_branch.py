@@ -178,6 +178,31 @@ def test_int4_graphs_of_genais_builder(graphs: Graphs, tmp_path: Path) -> None: 
     assert cosine(after - before, wanted) > 0.9
 
 
+@pytest.mark.parametrize("damage", ["bits", "block_size", "scales", "points"])
+def test_blocks_that_are_not_understood_are_refused(graphs: Graphs, tmp_path: Path, damage: str) -> None:
+    """A DoRA needs what the codes stand for."""
+    proto = onnx.load(graphs.variant("llama", "nbits"))
+    for node in (node for node in proto.graph.node if node.op_type == "MatMulNBits"):
+        for attribute in node.attribute:
+            if attribute.name == damage:
+                attribute.i = 3
+        if damage == "points":
+            node.input.extend(["points"])
+    kept = [tensor for tensor in proto.graph.initializer if not tensor.name.endswith("_scales")]
+    if damage == "scales":
+        others = [
+            numpy_helper.from_array(np.ones(3, np.float32), t.name) for t in proto.graph.initializer if t not in kept
+        ]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend([*kept, *others])
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 3), np.uint8), "points"))
+    base = tmp_path / "base.onnx"
+    onnx.save(proto, base)
+    adapter = graphs.adapter("llama", ("q_proj", "down_proj"), use_dora=True)
+    with pytest.raises(MatchError, match="not understood"):
+        branched(base, tmp_path / "out.onnx", adapter)
+
+
 def test_names_stay_and_bytes_repeat(graphs: Graphs, tmp_path: Path) -> None:
     base, adapter = graphs.export("unet", "dynamo"), graphs.adapter("unet")
     out, again = branched(base, tmp_path / "out.onnx", adapter), branched(base, tmp_path / "again.onnx", adapter)

@@ -323,6 +323,18 @@ def test_free_channels_are_told_by_the_first_weight(tmp_path: Path) -> None:
     assert verify(read_graph(path), [Trial(path, path)]).providers
 
 
+def test_attributes_that_make_no_sense_leave_the_base_unproven(graphs: Graphs, tmp_path: Path) -> None:
+    proto = onnx.load(graphs.export("genai", "fp32"))
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "num_heads":
+                attribute.CopyFrom(helper.make_attribute("num_heads", 1.5))
+    path = tmp_path / "base.onnx"
+    onnx.save(proto, path)
+    with pytest.raises(BaseError):
+        verify(read_graph(path), [Trial(path, path)])
+
+
 @pytest.mark.parametrize("kind", [TensorProto.STRING, TensorProto.INT4])
 def test_inputs_without_values_are_named(tmp_path: Path, kind: int) -> None:
     path = small(tmp_path / "g.onnx", [given("x", kind, 2)], [helper.make_node("Identity", ["x"], ["y"])], ["y"])

@@ -17,7 +17,7 @@ from loratool.lazy import np
 from loratool.onnx.graph import TYPES, Graph, Use, Value
 from loratool.tensors import DTYPES, numpy_dtype
 
-_MOST = 1 << 26  # elements of one input
+_MOST = 1 << 24  # elements of one input
 _SAME = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")  # what leaves ids what they are
 _TABLES = {  # operator -> (input with ids, input with the table), ...
     "Gather": ((1, 0),),

@@ -20,9 +20,15 @@ def dequantised(graph: Graph, operand: Operand) -> np.ndarray:
 
     Raises MatchError for a way of quantising that is not known here.
     """
+    try:
+        return _blocks(graph, operand) if operand.use.node.op == "MatMulNBits" else _steps(graph, operand)
+    except (ValueError, IndexError, TypeError, ZeroDivisionError):  # shapes or attributes that do not chain
+        raise MatchError("a quantised weight that is not understood", operand.weight.value.name) from None
+
+
+def _steps(graph: Graph, operand: Operand) -> np.ndarray:
+    """The weight behind DequantizeLinear, Transpose and Cast."""
     node = operand.use.node
-    if node.op == "MatMulNBits":
-        return _blocks(graph, operand)
     steps = [step.op for step in operand.chain]
     if operand.quantised and "DequantizeLinear" not in steps:
         raise MatchError(f"this update needs the base weight, which {node.op} hides", operand.weight.value.name)

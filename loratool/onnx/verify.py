@@ -164,7 +164,7 @@ def _run_base(base: Graph) -> tuple[list[Feed], list[Feed], tuple[str, ...]]:
                 return given, _outputs(session, given), tuple(session.get_providers())
             except Exception as error:
                 failed = error
-    except LoratoolError as error:  # an input that no values can be made for
+    except Exception as error:  # an input that no values can be made for, or attributes that make no sense
         failed = error
     raise BaseError(
         f"onnxruntime cannot run the base graph on random inputs: {_first_line(failed)}",
