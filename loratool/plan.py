@@ -136,9 +136,9 @@ def _block_bytes(step: Step) -> int:
 
 
 def _factor_bytes(step: Step) -> int:
-    """Memory of a tensor's factors in float32: read, and scaled."""
+    """Memory of a tensor's factors in float32: read, and scaled; and of what is made of them."""
     sizes = (t.size for p in step.parts for t in p.update.slots.values() if p.update.kind != "full")
-    return 2 * 4 * sum(sizes)
+    return 2 * 4 * sum(sizes) + 4 * sum(part.update.makes for part in step.parts)
 
 
 @dataclass

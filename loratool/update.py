@@ -133,6 +133,11 @@ class Update(ABC):
         return 1.0
 
     @property
+    def makes(self) -> int:
+        """How many float32 elements `prepare` holds at most beside those of the stored tensors."""
+        return 0
+
+    @property
     def mixes(self) -> int:
         """How many neighbouring rows of the weight one row of the result needs: whole multiples of so many."""
         return 1
@@ -550,6 +555,10 @@ class Rows(Update):
     @property
     def mixes(self) -> int:
         return self.whole.mixes
+
+    @property
+    def makes(self) -> int:
+        return self.whole.makes
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         whole = self.whole.prepare(load, strength)

@@ -481,6 +481,13 @@ def test_a_shape_that_the_file_does_not_tell_comes_from_the_base(stored: Any, tu
     loratool.convert(tuned("vera"), tmp_path / "lora", to="mlx", base=stored("llama"))
 
 
+def test_the_plan_counts_what_is_made_of_small_tensors(stored: Any, tuned: Any, tmp_path: Path) -> None:
+    """A dry run's bound holds the factors that VeRA's vectors make, and the places that a seed draws."""
+    for name, elements in (("vera", 3 * (16 + 24)), ("fourierft", 16 * 24), ("osf", 16 * 24), ("frod", 24 * 24)):
+        found, _ = fit(loratool.read(tuned(name)), read_model(stored("llama")))
+        assert max(update.makes for update in found.updates.values()) >= 2 * elements
+
+
 # -- what is refused -----------------------------------------------------------------------------------------
 
 ROUTED = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "XLORA", "POLY", "LILY", "CPT", "ADAPTION_PROMPT", "CARTRIDGE")

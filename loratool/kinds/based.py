@@ -7,6 +7,7 @@ out, i in, r rank. Where a sum over all rows of the weight comes first, `Prepare
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -215,6 +216,10 @@ class Road(Tuner):
 
         return Prepared(delta, reach=reach)
 
+    @property
+    def mixes(self) -> int:
+        return self.group
+
     def _columns(self) -> tuple[np.ndarray, np.ndarray]:
         """What each output is multiplied by, and its partner: [o] each."""
         theta, alpha = double(self.theta), double(self.alphas)
@@ -395,6 +400,10 @@ class Subspace(Tuner):
     def sized(self, shape: tuple[int, ...]) -> Self | None:
         return None if self.layer == "transposed" else super().sized(shape)
 
+    @property
+    def makes(self) -> int:
+        return 6 * math.prod(self.plain)  # the whole weight in float64, and what its components are found with
+
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         up, down = load(self.up) * load(self.values), load(self.down)
         dropped: list[Array] = []
@@ -441,6 +450,10 @@ class Frod(Tuner):
 
     def sized(self, shape: tuple[int, ...]) -> Self | None:
         return None if self.layer == "transposed" else super().sized(shape)
+
+    @property
+    def makes(self) -> int:
+        return 10 * self.diagonal.size**2  # a few square matrices in float64
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         inner = double(self.basis)

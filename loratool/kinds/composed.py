@@ -7,6 +7,7 @@ torch is imported when values are asked for. Formulas as huggingface/peft 0.21 c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -69,6 +70,10 @@ class Seeded(Composed):
 
     def fits(self, plain: tuple[int, ...]) -> bool:
         return super().fits(plain) and plain[0] * plain[1] >= self.values.size
+
+    @property
+    def makes(self) -> int:
+        return 4 * math.prod(self.plain)  # the permutation, twice as wide as float32, and a copy of it
 
     def placed(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns of the values in the weight as stored."""

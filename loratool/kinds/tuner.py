@@ -148,6 +148,10 @@ class Factored(Fixed):
     def rank(self) -> int:
         """Rank of the factors."""
 
+    @property
+    def makes(self) -> int:
+        return 4 * self.rank * (self.plain[0] + math.prod(self.plain[1:]))  # in float64, in float32, and scaled
+
     @abstractmethod
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
         """up [o,r] and down [r,i*k] of the [o,i,*k] weight in float64, everything folded in but ``gain``."""
