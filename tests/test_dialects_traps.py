@@ -193,6 +193,19 @@ def test_original_names_behind_a_component_are_onetrainer_s(tmp_path: Path) -> N
     assert {update.scaling for update in adapter.updates.values()} == {0.5}
 
 
+@pytest.mark.parametrize(("family", "component"), [("flux", "text_encoder_2"), ("sd3", "text_encoder_3")])
+def test_which_text_encoder_a_t5_is_depends_on_the_model_28(family: str, component: str, tmp_path: Path) -> None:
+    body = {
+        "flux": "transformer.single_transformer_blocks.0.proj_out",
+        "sd3": "transformer.joint_blocks.0.x_block.mlp.fc1",
+    }
+    leaf = "encoder.block.0.layer.0.SelfAttention.q"
+    pairs = factors({body[family]: (H, 5 * H) if family == "flux" else (4 * H, H), f"t5.{leaf}": (H, H)}, rank=1)
+    adapter = read(save(tmp_path / "file", named(pairs, {name: name for name in pairs}, 1.0)), "onetrainer")
+    assert adapter.metadata.architecture == family
+    assert f"{component}.{leaf}" in adapter.updates
+
+
 def test_original_names_without_a_prefix_are_onetrainer_s(tmp_path: Path) -> None:
     names = ("blocks.0.self_attn.q", "blocks.0.cross_attn.o", "blocks.3.ffn.2")
     pairs = factors(dict.fromkeys(names, (H, H)))

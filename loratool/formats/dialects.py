@@ -111,7 +111,11 @@ _EMBEDDING = re.compile(r"^<[^>]+>$")  # a token of cloneofsimo/lora
 _IGNORED = "_aux."  # bookkeeping of slider trainers
 
 _COMPONENT = re.compile(r"^(unet|transformer(_\d)?|text_encoder(_\d)?)\.")
-_RENAMED = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # OneTrainer's names of the components
+_RENAMED = {  # OneTrainer's names of the components; which text encoder a T5 is, the model tells
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "t5": "text_encoders.t5xxl.transformer",
+}
 _HEADS = {  # the first segment of a module in a bare model -> the component that has it
     **dict.fromkeys(("down_blocks", "mid_block", "up_blocks"), "unet"),
     **dict.fromkeys(("conv_in", "conv_norm_out", "conv_out", "time_embedding", "add_embedding"), "unet"),
