@@ -491,6 +491,9 @@ def test_overflow_of_float16_is_an_error_that_names_the_weight(tmp_path: Path) -
     base = linear(tmp_path / "g.onnx", np.full((7, 5), 60000, np.float16))
     with pytest.raises(NumericError, match="overflow of F16"):
         folded(base, adapter(Dense(Tensor.of(np.full((7, 5), 9000, np.float32)))))
+    whole = {"fc.weight": Tensor.of(np.full((7, 5), 66000, np.float32))}
+    with pytest.raises(NumericError, match="overflow of F16"):
+        folded(base, Adapter({}, whole, Metadata("peft")))
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".out*"))
 
 
@@ -537,6 +540,11 @@ def test_what_no_adapter_touches_keeps_its_bytes(graphs: Graphs, at: Any) -> Non
     assert len(changed) == 2 and {before[name].shape for name in changed} == {(16, 16)}
     untouched = folded(base, graphs.adapter("llama"), strengths=[0.0])
     assert {n: v.tobytes() for n, v in initializers(untouched).items()} == {n: v.tobytes() for n, v in before.items()}
+
+
+def test_at_strength_0_a_negative_zero_stays_one(tmp_path: Path) -> None:
+    base = linear(tmp_path / "g.onnx", np.full((7, 5), -0.0, np.float32))
+    assert np.signbit(initializers(folded(base, adapter(low()), strengths=[0.0]))["w"]).all()
 
 
 @pytest.mark.parametrize("target", ["data.bin", "sub/data.bin"])

@@ -211,6 +211,16 @@ def test_biases_name_their_modules(graphs: Graphs) -> None:  # trap 10
     check_values("whisper", sites)
 
 
+def test_a_bias_that_several_share_names_nobody(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Gemm", ["x", "a", "one.bias"], ["h"]),
+        helper.make_node("Gemm", ["h", "b", "one.bias"], ["y"]),
+    ]
+    weights = {"a": ones(3, 3), "b": 2 * ones(3, 3), "one.bias": ones(3)}
+    _, unmatched = resolve(read_graph(graph_of(tmp_path / "g.onnx", nodes, weights)), low(one=(3, 3)))
+    assert [u.name for u in unmatched] == ["one"]
+
+
 def test_tied_ends_are_told_apart_by_what_takes_them(graphs: Graphs, checkpoint: Any) -> None:
     graph = graphs.variant("llama_tied", "extended", "dynamo")
     graph_, sites = found(graph, graphs.adapter("llama_tied"), checkpoint("llama_tied"))
@@ -401,6 +411,19 @@ def test_biases_norms_and_whole_weights_are_found(graphs: Graphs) -> None:
         known = parameters("clip")
         for site, name in zip(sites, carried, strict=True):
             np.testing.assert_array_equal(held(site), known[name], err_msg=name)
+
+
+def test_a_shared_gain_is_changed_for_its_own_module_only(tmp_path: Path) -> None:
+    """Fresh norms are all ones: exporters keep one vector."""
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "one.weight"], ["h"], "/one/LayerNormalization"),
+        helper.make_node("LayerNormalization", ["h", "one.weight"], ["y"], "/two/LayerNormalization"),
+    ]
+    graph = graph_of(tmp_path / "g.onnx", nodes, {"one.weight": ones(3)})
+    _, sites = found(graph, Adapter({}, {"one.weight": normal(3)}, Metadata("peft")))
+    assert [use.node.proto.name for use in sites[0].uses] == ["/one/LayerNormalization"]
+    _, unmatched = resolve(read_graph(graph), Adapter({}, {"two.weight": normal(3)}, Metadata("peft")))
+    assert [u.name for u in unmatched] == ["two.weight"]
 
 
 @pytest.mark.parametrize("bias", [True, False])

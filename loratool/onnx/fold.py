@@ -42,10 +42,11 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """What an initializer of the output holds: ``tensor`` with ``parts`` added."""
+    """What an initializer of the output holds: ``tensor`` with ``parts`` added, stored as ``dtype`` (None: its own)."""
 
     tensor: Tensor
     parts: tuple[Part, ...] = ()
+    dtype: str | None = None
 
 
 @dataclass(eq=False)
@@ -89,11 +90,11 @@ class Edit:
         self._names.add(found)
         return found
 
-    def add(self, name: str, tensor: Tensor, parts: Iterable[Part] = ()) -> str:
+    def add(self, name: str, tensor: Tensor, parts: Iterable[Part] = (), dtype: str | None = None) -> str:
         """A new initializer of the main graph, behind all others; its name, made unique."""
         name = self.fresh(name)
-        self.model.graph.initializer.append(tensor_message(name, tensor.dtype, tensor.shape))
-        self.values[name] = Values(tensor, tuple(parts))
+        self.model.graph.initializer.append(tensor_message(name, dtype or tensor.dtype, tensor.shape))
+        self.values[name] = Values(tensor, tuple(parts), dtype)
         return name
 
     def rewire(self, use: Use, name: str) -> None:
@@ -164,7 +165,7 @@ def _fold_weight(edit: Edit, weight: Weight, changes: Sequence[Change]) -> None:
             edit.values[weight.value.name] = values
             free = False  # the others get copies
             continue
-        name = edit.add(f"{found[0].site.module}.weight", values.tensor, values.parts)
+        name = edit.add(f"{found[0].site.module}.weight", values.tensor, values.parts, values.dtype)
         for use in uses:
             _reconnect(edit, use, name)
 
@@ -177,7 +178,7 @@ def new_values(weight: Weight, changes: Sequence[Change]) -> Values:
     alone = len(changes) == 1 and first.strength == 1.0 and first.site.rows is None and operand.gain == 1.0
     if alone and isinstance(replaced, Replace):
         value = restored(replaced.value, operand.layout).reshape(*weight.shape)
-        return Values(value.cast(weight.tensor.dtype))
+        return Values(value, dtype=weight.tensor.dtype)
     return Values(weight.tensor, tuple(_part(weight, change) for change in changes))
 
 
@@ -260,9 +261,9 @@ def lay_out(edit: Edit, data_name: str, shared: bool = False) -> Layout:
             continue  # strings, packed integers: they stay in the message
         tensor = new.tensor if new else weight.tensor  # type: ignore[union-attr]
         name = proto.name if id(proto) in main else f"{len(steps)} {proto.name}"
-        step = Step(name, name, tensor, tensor.dtype, new.parts if new else ())
+        step = Step(name, name, tensor, (new and new.dtype) or tensor.dtype, new.parts if new else ())
         steps.append(step)
-        outside = weight.external if weight else uses_files and tensor.nbytes >= SMALL
+        outside = weight.external if weight else uses_files and step.nbytes >= SMALL
         held = weight is not None and not weight.external and not weight.hole and new is None
         if not held:
             wanted.append((proto, step, outside))

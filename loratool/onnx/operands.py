@@ -39,7 +39,7 @@ _BIASES = {**dict.fromkeys(("Gemm", "FusedGemm", "Conv", "FusedConv", "NhwcConv"
 _BLOCKED = "com.microsoft.nchwc"
 
 SOURCES = ("scopes", "path", "bias", "name")  # who tells the module, the best first
-_OPS = re.compile(r"/(MatMulAddFusion|LayerNormalization)$")
+_FUSION = "/MatMulAddFusion"  # what onnxruntime appends to the path of a product that took its bias in
 _PARAMETER = re.compile(r"(\.MatMul)?\.(weight|qweight)(_Q4|_Q8|_quantized|_merged_\d+|_transposed)?$")
 
 
@@ -162,7 +162,7 @@ def path_module(name: str) -> str:
     name = name.removeprefix("fused ")
     if name.startswith("Nhwc"):
         name = name.partition("-")[2]
-    parts = _OPS.sub("", name).split("/")
+    parts = name.removesuffix(_FUSION).split("/")
     if len(parts) < 3 or parts[0]:
         return ""
     return _unwrapped(".".join(part for part in parts[1:-1] if part))
