@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 test check: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt bench clean
+.PHONY: help demo test check fmt readme bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,9 @@ check: .venv/.dev ## what CI runs: format, lint, types, tests
 fmt: .venv/.dev ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+readme: .venv/.dev ## write the README's table of formats anew
+	$(BIN)/python -m tests.test_formats_table
 
 bench: .venv/.dev ## time a merge beside cp and PEFT
 	$(BIN)/python -m benchmarks.merge

@@ -104,13 +104,14 @@ class Conversion:
 
 @dataclass(frozen=True)
 class FormatRow:
-    """One format; the fields of ``formats --json``."""
+    """One format; the fields of ``formats --json``. ``detail`` says of each kind whether it is said exactly."""
 
     name: str
     title: str
     reads: bool
     writes: bool
     kinds: tuple[str, ...]
+    detail: Mapping[str, str]
 
 
 def read(
@@ -179,8 +180,13 @@ def inspect(path: Source, *, norms: bool = False, reading: Reading | None = None
 
 
 def list_formats() -> list[FormatRow]:
-    """Every format: its name, whether it is read and written, and the kinds it can express."""
-    return [FormatRow(f.name, f.title, True, f.writes, f.kinds) for f in formats.FORMATS]
+    """Every format: its name, whether it is read and written, and the kinds it can express.
+
+    Of each kind: exact, rewritten (exactly, as another kind), partly (some forms), read (only) or no.
+    """
+    from loratool.formats import table
+
+    return [FormatRow(f.name, f.title, True, f.writes, table.kinds(f), table.detail(f)) for f in formats.FORMATS]
 
 
 def plan_convert(

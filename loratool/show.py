@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -132,11 +134,31 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def show_formats(rows: Sequence[FormatRow]) -> None:
-    """The table of formats."""
-    cells = [
-        (r.name, "yes" if r.reads else "no", "yes" if r.writes else "no", ", ".join(r.kinds), r.title) for r in rows
-    ]
-    table(("format", "reads", "writes", "kinds", "what"), cells)
+    """The table of formats, no wider than the terminal."""
+    every = {kind for row in rows for kind in row.detail}
+    cells = [(r.name, "yes" if r.writes else "no", r.title.removesuffix(", read only"), _kinds(r, every)) for r in rows]
+    width = min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
+    name = max(len(row.name) for row in rows)
+    left = width - name - 14  # without the names, "writes" and the space between
+    what = min(44, left // 2)
+    print("  " + bold(f"{'format':<{name}}  writes  {'what':<{what}}  kinds"))
+    for row in cells:
+        parts = zip_longest(textwrap.wrap(row[2], what), textwrap.wrap(row[3], left - what), fillvalue="")
+        for n, (title, kinds) in enumerate(parts):
+            begin = f"{row[0]:<{name}}  {row[1]:<6}" if n == 0 else " " * (name + 8)
+            print(f"  {begin}  {title:<{what}}  {kinds}".rstrip())
+    print()
+    notes = (
+        "All are read. kinds: those that a format has words for; others are written where they are exactly one of "
+        "these (a LoHa is a LoRA of higher rank), else refused. --json and the README tell of each kind.",
+        "--map FILE reads one more: names of your own.",
+    )
+    for line in (line for note in notes for line in textwrap.wrap(note, width - 2)):
+        print("  " + line)
+
+
+def _kinds(row: FormatRow, every: set[str]) -> str:
+    return "all of these" if set(row.kinds) == every else ", ".join(row.kinds)
 
 
 def show_conversion(report: ConvertReport) -> None:
