@@ -309,7 +309,7 @@ def test_single_files_are_identified(known: Transformer) -> None:
     for world in ("native", "comfy", "diffusers"):
         modules = {bare(name): shape for name, shape in alone(known, world).items()}
         for prefix in ("model.diffusion_model.", "diffusion_model.", "") if world == "native" else ("",):
-            file = {f"{prefix}{name}.{parameter(known, name)}": shape for name, shape in modules.items()} | other
+            file = {f"{prefix}{name}.{parameter(known, name, shape)}": shape for name, shape in modules.items()} | other
             assert identify_checkpoint(file) is known, (world, prefix)
             places = {name.removesuffix(".weight"): slot for name, slot in known.checkpoint(file).items()}
             assert set(places) == set(main_shapes(known)), (world, prefix)
@@ -320,9 +320,9 @@ def bare(name: str) -> str:
     return name.removeprefix("transformer.").removeprefix("diffusion_model.")
 
 
-def parameter(known: Transformer, name: str) -> str:
+def parameter(known: Transformer, name: str, shape: Shape) -> str:
     """What the stored parameter of a module is called."""
-    hit = known.table.find(spelled(name).body)
+    hit = known.table.find(spelled(name).body, shape)
     assert hit is not None
     return hit.line.parameter
 
@@ -524,6 +524,11 @@ def test_halves_are_swapped_where_the_original_has_shift_before_scale() -> None:
     context = "joint_blocks.7.context_block.adaLN_modulation.1"
     assert rows("sd3", context, (6, 3)) == [((3, 6), (0, 3))]
     assert rows("sd3", context, (18, 3)) == [((0, 18),)]
+    assert rows("sd3", context, ()) == rows("sd3", context, (6,)) == rows("sd3", context, (12, 3)) == []  # either
+    assert get("sd3").resolve(context) is None and get("sd3").knows(context)
+    linear = "transformer.transformer_blocks.7.norm1_context.linear"
+    assert get("sd3").stored(linear) is None
+    assert [len(get("sd3").stored(linear, "kohya", (n, 3)).segments) for n in (6, 18)] == [2, 1]
     assert rows("flux", "transformer.norm_out.linear", (6, 3)) == [((0, 6),)]  # diffusers' own order
     assert rows("flux", "final_layer.adaLN_modulation.1", (7, 3)) == []
 

@@ -360,8 +360,11 @@ def _entry(template: str, line: Line) -> tuple[str, Entry]:
 
 
 def _chosen(entries: Sequence[Entry], numbers: Numbers, shape: Shape) -> Hit | None:
-    """The line whose fixed numbers are these; of several, one whose proportions are those of the shape."""
+    """The line whose fixed numbers are these; of several that differ in meaning, the one that a matrix's shape tells.
+
+    Where no shape does, none: the halves of a modulation may be swapped, or not.
+    """
     found = [entry for entry in entries if entry.fits(numbers)]
-    if len(found) > 1 and shape:
-        found.sort(key=lambda entry: not entry.line.agrees(shape))
+    if any(not _same(found[0].line, entry.line) for entry in found[1:]):
+        found = [entry for entry in found if len(shape) > 1 and entry.line.agrees(shape)]
     return Hit(found[0].line, tuple(numbers[place] for place in found[0].free)) if found else None
