@@ -142,8 +142,10 @@ def read(evidence: Evidence) -> Adapter:
         raise FormatError(
             f"init_lora_weights {init!r} changed the base, so this is no delta of the plain base",
             evidence.path,
-            "save it with PEFT's path_initial_model_for_weight_conversion, which gives a plain LoRA"
-            + ("" if init.lower() == "loftq" else ", or put the initial adapter beside it, into a folder *_init"),
+            "merge it into the quantised base that it began with, init_lora_weights true in its configuration"
+            if init.lower() == "loftq"
+            else "put the initial adapter beside it, into a folder *_init; or save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which gives a plain LoRA",
         )
     return _less(adapter, initial)
 

@@ -309,7 +309,7 @@ def _lend_tokens(changes: Changes, head: str, embedding: str) -> None:
         name: [part for part in changes.parts.get(name, ()) if isinstance(part.update, Tokens)]
         for name in (head, embedding)
     }
-    if rows_of[embedding] and not rows_of[head]:
+    if rows_of[embedding] and not rows_of[head] and head not in changes.replaced:
         changes.parts.setdefault(head, []).extend(rows_of[embedding])
         if embedding in changes.replaced:  # the longer vocabulary that they were trained on
             changes.replaced.setdefault(head, changes.replaced[embedding])
