@@ -134,27 +134,37 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def show_formats(rows: Sequence[FormatRow]) -> None:
-    """The table of formats, no wider than the terminal."""
+    """The table of formats: a line each, on a terminal wrapped to its width."""
+    if not sys.stdout.isatty():
+        cells = [(r.name, _yes(r.reads), _yes(r.writes), ", ".join(r.kinds), r.title) for r in rows]
+        table(("format", "reads", "writes", "kinds", "what"), cells)
+        return
     every = {kind for row in rows for kind in row.detail}
-    cells = [(r.name, "yes" if r.writes else "no", r.title.removesuffix(", read only"), _kinds(r, every)) for r in rows]
     width = min(120, max(72, shutil.get_terminal_size((100, 24)).columns))
     name = max(len(row.name) for row in rows)
     left = width - name - 14  # without the names, "writes" and the space between
     what = min(44, left // 2)
     print("  " + bold(f"{'format':<{name}}  writes  {'what':<{what}}  kinds"))
-    for row in cells:
-        parts = zip_longest(textwrap.wrap(row[2], what), textwrap.wrap(row[3], left - what), fillvalue="")
-        for n, (title, kinds) in enumerate(parts):
-            begin = f"{row[0]:<{name}}  {row[1]:<6}" if n == 0 else " " * (name + 8)
-            print(f"  {begin}  {title:<{what}}  {kinds}".rstrip())
+    for row in rows:
+        title, kinds = row.title.removesuffix(", read only"), _kinds(row, every)
+        parts = zip_longest(textwrap.wrap(title, what), textwrap.wrap(kinds, left - what), fillvalue="")
+        for n, (one, other) in enumerate(parts):
+            begin = f"{row.name:<{name}}  {_yes(row.writes):<6}" if n == 0 else " " * (name + 8)
+            print(f"  {begin}  {one:<{what}}  {other}".rstrip())
     print()
-    notes = (
-        "All are read. kinds: those that a format has words for; others are written where they are exactly one of "
-        "these (a LoHa is a LoRA of higher rank), else refused. --json and the README tell of each kind.",
-        "--map FILE reads one more: names of your own.",
-    )
-    for line in (line for note in notes for line in textwrap.wrap(note, width - 2)):
-        print("  " + line)
+    for note in _NOTES:
+        print(textwrap.fill(note, width, initial_indent="  ", subsequent_indent="  "))
+
+
+_NOTES = (
+    "All are read. kinds: those that a format has words for; others are written where they are exactly one of these "
+    "(a LoHa is a LoRA of higher rank), else refused. --json and the README tell of each kind.",
+    "--map FILE reads one more: names of your own.",
+)
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
 
 
 def _kinds(row: FormatRow, every: set[str]) -> str:

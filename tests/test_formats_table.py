@@ -7,6 +7,8 @@ compared; the README's table says the same. ``make readme`` writes that table an
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -164,11 +166,19 @@ def test_a_terminal_of_100_columns_is_enough(
     columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     cli.main(["formats"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = re.sub(r"\033\[\d+m", "", capsys.readouterr().out).splitlines()
     assert max(map(len, lines)) <= min(columns, 120)
     words = " ".join(lines).replace(",", "").split()
     assert {format.name for format in FORMATS} | set(table.KINDS) <= set(words)
+
+
+def test_elsewhere_every_format_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["formats"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == [format.name for format in FORMATS]
+    assert ", ".join(by_name("peft").kinds) in "\n".join(lines)
 
 
 MARKS = {"exact": "●", "rewritten": "○", "partly": "◐", "read": "r", "no": ""}
