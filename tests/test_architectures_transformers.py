@@ -466,6 +466,14 @@ def test_language_models_are_no_diffusion_models() -> None:
         assert identify_checkpoint({f"{name}.weight": shape for name, shape in modules.items()}) is None
 
 
+def test_biases_tell_a_family_too_and_narrow_models_are_of_the_first_that_fits() -> None:
+    """A difference of a bias alone, as distilled adapters carry: its height is that of FLUX.1's fused projection."""
+    proj = {"diffusion_model.double_blocks.0.img_attn.proj": (3072, 3072)}
+    assert identify(proj | {"diffusion_model.single_blocks.0.linear1": (21504,)}) is get("flux")
+    narrow = {"diffusion_model.double_blocks.0.img_attn.proj": (4, 4), "diffusion_model.single_blocks.0.linear1": (28,)}
+    assert identify(narrow) is get("flux")
+
+
 def test_metadata_decides_where_names_and_shapes_do_not() -> None:
     blocks = {f"lora_unet_double_blocks_{n}_img_attn_qkv": (9216, 3072) for n in range(5)}
     found = {hint: identify(blocks, hint) for hint in (None, "chroma", "flux2", "sd3", "nonsense")}

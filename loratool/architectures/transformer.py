@@ -321,13 +321,16 @@ class Transformer(Architecture):
         shapes = Counter((id(hit.line), shape) for hit, shape in known)
         blocks = Counter((hit.line.letters, hit.line.feature, hit.numbers) for hit, _ in known)
         right = sum(count for (line, shape), count in shapes.items() if lines[line].agrees(shape))
-        exact = (sum(c for (line, shape), c in shapes.items() if _exact(lines[line], shape, s)) for s in self.sizes)
+        exact = [sum(c for (line, shape), c in shapes.items() if _exact(lines[line], shape, s)) for s in self.sizes]
         within = ((fits, *_within(size, blocks)) for fits, size in zip(exact, self.sizes, strict=True))
-        return max(Evidence(right, *counts, len(known)) for counts in within)
+        # of a model of other widths, the number of blocks tells nothing
+        return max(Evidence(right, fits, inside, share if fits else 0.0, len(known)) for fits, inside, share in within)
 
 
 def _exact(line: Line, shape: Shape, size: Size) -> bool:
-    return bool(shape) and agree(shape, line.stored_shape(size.widths))
+    """Whether a stored weight, or the bias beside it, has that shape in a published size."""
+    stored = line.stored_shape(size.widths)
+    return bool(shape) and (agree(shape, stored) or (shape == stored[:1] and line.bias))
 
 
 def _within(size: Size, blocks: Mapping[tuple[tuple[str, ...], str, Numbers], int]) -> tuple[int, float]:
