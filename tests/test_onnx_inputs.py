@@ -185,6 +185,20 @@ def test_the_proof_runs_with_the_adapter_on_and_off(graphs: Graphs, tmp_path: Pa
     assert error.value.exit_code == 7
 
 
+def test_a_default_that_does_something_is_found_out(graphs: Graphs, tmp_path: Path) -> None:
+    base, adapter = graphs.export("clip"), graphs.adapter("clip")
+    reference = branched(base, tmp_path / "reference.onnx", adapter)
+    out, (file,) = exported(base, tmp_path, adapter)
+    proto = onnx.load(out)
+    for tensor in proto.graph.initializer:
+        if ".lora_" in tensor.name:
+            values = 0.5 + onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(proto, out)
+    with pytest.raises(VerifyError, match="without an adapter"):
+        verify(read_graph(base), [Trial(out, reference, file)])
+
+
 def test_two_at_once_do_not_add_up(graphs: Graphs, tmp_path: Path) -> None:  # onnx.md trap 30
     """The first one wins, silently: why each file is for a run of its own."""
     one, other = graphs.adapter("clip"), graphs.adapter("clip", seed=1)
