@@ -31,7 +31,7 @@ from loratool.kinds.tokens import Tokens
 from loratool.kinds.truncated import Truncated
 from loratool.tensors import Tensor
 from loratool.update import Dense, DoRA, Update
-from tests.samples import loha, low, magnitude, normal, tuners
+from tests.samples import UPDATES, loha, low, magnitude, normal, tuners
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- written by: make readme -->\n", "<!-- end -->\n"
@@ -139,6 +139,17 @@ def test_the_table_says_what_a_format_does_with_every_kind(name: str, tmp_path: 
 def test_every_kind_has_a_sample() -> None:
     assert set(FORMS) == set(table.KINDS), "give FORMS one of it"
     assert all(update.kind == kind for kind, forms in FORMS.items() for form in forms for update in form.values())
+
+
+@pytest.mark.parametrize("name", [format.name for format in FORMATS if format.writes])
+def test_what_is_not_lost_is_written(name: str, tmp_path: Path) -> None:
+    """Also of kinds that only some of their forms can say: SHiRA of as many values as no rank of PEFT's has."""
+    for kind, update in UPDATES.items():
+        adapter = made("lora", {"": update}, name in IMAGE_FORMATS)
+        if not by_name(name).losses(adapter):
+            by_name(name).write(adapter, tmp_path / kind)
+    assert {"lora", "lora_rank_stabilised"} <= {path.name for path in tmp_path.iterdir()}
+    assert ("shira" in {path.name for path in tmp_path.iterdir()}) is (name in ("raw", "kohya", "lycoris", "comfyui"))
 
 
 def test_what_is_read_only_says_so() -> None:
