@@ -425,6 +425,8 @@ def plan_export_onnx(
     if Path(base).is_dir():
         from loratool.ops.export_folder import prepare_folder
 
+        if base_weights is not None:
+            raise UsageError("base weights are for an .onnx base", hint="a model folder has its own")
         merged = plan_merge(base, adapters, strengths, allow_unmatched=allow_unmatched, reading=reading)
         return prepare_folder(merged, mode, allow_unmatched)
     _check_strengths(adapters, strengths)

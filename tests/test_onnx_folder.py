@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnx
 import pytest
 
 import loratool
-from loratool.errors import FormatError, LoratoolError, LossError, MatchError, VerifyError
+from loratool.errors import FormatError, LoratoolError, LossError, MatchError, UsageError, VerifyError
 from loratool.onnx import folder as exporter
 from loratool.onnx.container import read_container
 from loratool.onnx.graph import read_graph
@@ -154,6 +155,29 @@ def test_without_a_proof_one_graph_is_enough(
         run(tmp_path / "out.onnx", inputs(tmp_path / "out.onnx", "clip")),
         graphs.reference("clip", graphs.adapter("clip")),
     )
+
+
+@pytest.mark.usefixtures("torchscript")
+def test_a_base_that_only_a_merge_reads_is_exported_unproven(graphs: Graphs, folders: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    base = tmp_path / "base"
+    shutil.copytree(folders("clip"), base)
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    reading, adapter, out = loratool.Reading(allow_pickle=True), graphs.adapter("clip"), tmp_path / "out.onnx"
+    report = loratool.export_onnx(base, adapter, out=out, reading=reading)
+    assert not report.verified and any("not verified" in warning for warning in report.warnings)
+    assert_close(run(out, inputs(out, "clip")), graphs.reference("clip", adapter))
+    with pytest.raises(LoratoolError, match="cannot be proven"):
+        loratool.export_onnx(base, adapter, out=tmp_path / "again.onnx", reading=reading, verify=True)
+
+
+def test_base_weights_are_for_graphs(graphs: Graphs, folders: Any, tmp_path: Path) -> None:
+    base = folders("clip")
+    with pytest.raises(UsageError, match="base weights"):
+        loratool.export_onnx(base, graphs.adapter("clip"), out=tmp_path / "out.onnx", base_weights=base)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------

@@ -113,13 +113,17 @@ def run_folder(
 def _folded(planned: FolderExport, work: Path, proving: bool, device: str) -> tuple[Exported, float]:
     """The graph of the merged folder, to be proven by that of the base; and the share of changes lost to rounding."""
     merge = planned.merge
+    notes: tuple[str, ...] = ()
     if proving:
-        export_folder(merge.model.path, _new(work / "base"))
+        try:
+            export_folder(merge.model.path, _new(work / "base"))
+        except LoratoolError as error:  # weights that only a merge reads: pickles
+            proving, notes = False, (f"not verified: {error}",)
     merged = run_merge(merge, work / "merged", device=device)
     given = export_folder(work / "merged", _new(work / "graph"))
     graph = read_graph(work / "graph" / GRAPH)
     base = read_graph(work / "base" / GRAPH) if proving else graph
-    changes, notes = _changes(planned, base)
+    changes, more = _changes(planned, base) if not notes else ((), ())
     edit = _clean(Edit.of(graph), given)
     made = Exported(
         graph=base,
@@ -129,7 +133,7 @@ def _folded(planned: FolderExport, work: Path, proving: bool, device: str) -> tu
         changes=changes,
         edit=edit,
         unmatched=tuple(u.name for u in merge.changes.unmatched),
-        warnings=(*merge.plan.warnings, *notes),
+        warnings=(*merge.plan.warnings, *notes, *more),
         sources=planned,
     )
     return made, merged.lost_to_rounding
