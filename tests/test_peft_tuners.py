@@ -419,6 +419,17 @@ def test_raw_carries_it(name: str, tuned: Any, read: Any, tmp_path: Path) -> Non
     assert_same_files(tuned(name), written(again, tmp_path))
 
 
+@pytest.mark.parametrize("name", ["vera", "glora", "shira", "tinylora", "peanut_deep", "vblora_topk", "oft", "hira"])
+def test_another_dtype_reaches_every_floating_tensor(name: str, tuned: Any, tmp_path: Path) -> None:
+    for format in ("peft", "raw"):
+        loratool.convert(tuned(name), tmp_path / format, to=format, dtype="bf16")
+    for file in (tmp_path / "peft" / "adapter_model.safetensors", tmp_path / "raw"):
+        found = read_safetensors(file).tensors
+        assert {tensor.dtype for tensor in found.values()} <= {"BF16", "I32", "U8"}
+        stored = read_safetensors(tuned(name) / "adapter_model.safetensors").tensors
+        assert len(found) == len(stored)
+
+
 def test_raw_holds_a_shared_tensor_once(read: Any, tmp_path: Path) -> None:
     loratool.write(read("vera"), tmp_path / "raw.safetensors", format="raw")
     shapes = [tensor.shape for tensor in read_safetensors(tmp_path / "raw.safetensors").tensors.values()]

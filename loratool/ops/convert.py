@@ -70,7 +70,14 @@ def cast(adapter: Adapter, dtype: str | None) -> Adapter:
             raise NumericError(f"a value of {before:g} {what} in {dtype}", name, "choose a wider --dtype")
         return to
 
-    updates = {name: _each(update, lambda t, n=name: stored(n, t)) for name, update in adapter.updates.items()}
+    made: dict[int, Tensor] = {}  # what modules share they share afterwards
+
+    def once(name: str, tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = stored(name, tensor)
+        return made[id(tensor)]
+
+    updates = {name: _each(update, lambda t, n=name: once(n, t)) for name, update in adapter.updates.items()}
     carried = {name: stored(name, tensor) for name, tensor in adapter.carried.items()}
     return replace(adapter, updates=updates, carried=carried)
 
@@ -106,6 +113,8 @@ def _each(update: Update, change) -> Update:  # type: ignore[no-untyped-def]
             changed[field.name] = _each(value, change)
         elif isinstance(value, tuple) and value and isinstance(value[0], Update):
             changed[field.name] = tuple(_each(part, change) for part in value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+            changed[field.name] = tuple(map(change, value))
     return replace(update, **changed)  # type: ignore[type-var]
 
 
