@@ -295,6 +295,8 @@ class Dense(Additive):
         return replace(self, scaling=self.scaling * by)
 
     def part(self, start: int, stop: int) -> Dense:
+        if stop > self.shape[0]:  # a bias that is shorter than its weight is high
+            raise FormatError(f"rows {start} to {stop} of a difference of shape {list(self.shape)}")
         return replace(self, value=self.value.slice(start, stop))
 
 
@@ -658,6 +660,8 @@ def rows(update: Update, start: int, stop: int) -> Update:
     LoRAs share the down factor; a DoRA by output keeps its rows' magnitudes. Raises FormatError where the rows
     cannot be told apart (a magnitude for each input is a norm over all of them).
     """
+    if not update.shape:
+        raise FormatError("a single number has no rows")
     if (start, stop) == (0, update.shape[0]):
         return update
     own = update.part(start, stop)

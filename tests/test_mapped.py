@@ -212,6 +212,17 @@ def test_a_tensor_that_the_map_does_not_know_is_refused_by_name(key: str, tmp_pa
     assert error.value.items == (key,) and key in error.value.where
 
 
+def test_a_number_has_no_parts(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="no rows"):
+        read(tmp_path, {"a.d": Tensor.of(np.float32(1))}, "a -> b + c\n.d -> diff")
+
+
+def test_a_bias_that_is_shorter_than_its_weight_has_no_such_parts(tmp_path: Path) -> None:
+    tensors = {"a.d": normal(2, 4), "a.u": normal(6, 2), "a.b": normal(4)}
+    with pytest.raises(FormatError, match="rows 3 to 6 of a difference"):
+        read(tmp_path, tensors, "a -> b + c\n.d -> down\n.u -> up\n.b -> diff_b")
+
+
 def test_half_a_pair_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"half a pair.*net\.head|net\.head"):
         read(tmp_path, {"net.head.my_down": normal(2, 4)})
