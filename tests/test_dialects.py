@@ -138,6 +138,7 @@ BROKEN_INDICES = {
     "another model": ({"vae:0:up": torch.ones(2, 1), "vae:0:down": torch.ones(1, 2)}, {}, "vae"),
     "an unknown tensor": ({"unet:0:middle": torch.ones(2, 1)}, {}, "meaning is unknown"),
     "an index twice": ({"unet:00:up": torch.ones(2, 1), "unet:00:down": torch.ones(1, 2)}, {}, "no known model has"),
+    "an index of thousands of digits": ({f"unet:{'9' * 5000}:up": torch.ones(2, 1)}, {}, "half a pair"),
     "a factor of one axis": ({"unet:0:up": torch.ones(320)}, {}, "fit no known model"),
 }
 

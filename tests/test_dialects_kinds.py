@@ -257,6 +257,21 @@ def test_no_tensor_under_any_suffix_is_more_than_a_clean_error(
     assert refused > len(READ.aliases)
 
 
+def test_small_factors_that_claim_a_huge_weight_are_not_multiplied_out(tmp_path: Path) -> None:
+    """Files of a few kilobytes could keep a writer busy for years."""
+    wide = {"lokr_w1": (500, 500), "lokr_w2_a": (500, 400), "lokr_w2_b": (400, 500)}
+    held = {f"{SPELLED}.{slot}": torch.ones(shape) for slot, shape in wide.items()}
+    adapter = by_name("kohya").read(Evidence(save(tmp_path / "file", held)))
+    assert adapter.updates[LINEAR].shape == (250_000, 250_000)
+    assert [loss.name for loss in by_name("diffusers").losses(adapter)] == [SPELLED]
+    assert not by_name("kohya").losses(adapter)
+    lora = {"lora_down.weight": (2, 250_000), "lora_up.weight": (250_000, 2)}
+    held |= {f"{SPELLED}.{slot}": torch.ones(shape) for slot, shape in lora.items()}
+    both = by_name("kohya").read(Evidence(save(tmp_path / "both", held)))
+    reasons = [loss.reason for loss in by_name("kohya").losses(both)]
+    assert "larger than any weight" in reasons[0]
+
+
 # -- single stored forms ---------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from loratool.formats.base import Evidence, Format
 from loratool.tensors import SafetensorsFile
 from loratool.update import trimmed
 
-_KEY = re.compile(r"^([a-z_]+):(\d+):(up|down)$")
+_KEY = re.compile(r"^([a-z_]+):(\d{1,9}):(up|down)$")
 _COMPONENTS = ("unet", "text_encoder")
 _ATTENTION, _GEGLU, _RESNET, _CLIP = "attention", "geglu", "resnet", "clip"
 _CLASSES = {  # the classes of the time -> the layers inside them
@@ -86,7 +86,7 @@ def _place(name: str, wanted: set[str]) -> tuple[int, ...] | None:
     block = next((n for n, block in enumerate(_BLOCKS) if f".{block}." in name), None)
     if leaf is None or block is None:
         return None
-    numbers = [int(number) for number in re.findall(r"\.(\d+)\.", name.removesuffix(_LAYERS[leaf][0]))]
+    numbers = [int(number) for number in re.findall(r"\.(\d{1,9})\.", name.removesuffix(_LAYERS[leaf][0]))]
     of_block = [] if _BLOCKS[block] == "mid_block" else numbers[:1]
     return (block, *of_block, "resnets" in name, *numbers[len(of_block) :], leaf)
 

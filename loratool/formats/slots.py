@@ -31,6 +31,8 @@ Parts = Mapping[str, Update]
 Alpha = Callable[[dict[str, Tensor], int], tuple[float | None, bool]]
 """What takes alpha out of a module's slots, or finds it elsewhere, for a rank: (alpha, rank-stabilised)."""
 
+LARGEST = 1 << 32
+"""Elements that a weight has at most: small factors may claim more, which is not multiplied out."""
 _NORM = {"w_norm": "diff", "b_norm": "diff_b"}
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
 _INTEGERS = ("on_input", "scaled_oft", "reshape_weight", "bias_indices", "bias_size")
@@ -305,7 +307,7 @@ def _say_sum(update: Sum) -> Slots | str:
     """A LoRA and single entries of its scaling stand side by side; others are added up."""
     sparse = [part for part in update.parts if isinstance(part, Sparse)]
     rest: list[Update] = [part for part in update.parts if not isinstance(part, Sparse)]
-    low = as_low_rank(reduce(raw.join, rest)) if rest else None
+    low = as_low_rank(reduce(raw.join, rest)) if rest and sparse else None
     if low is None or len(sparse) != 1 or sparse[0].scaling != low.scaling:
         return _say_other(update)
     said = _say_low_rank(low)
@@ -322,6 +324,8 @@ def _say_other(update: Update) -> Slots | str:
     low = plain_low_rank(update)
     if low is not None:
         return _say_low_rank(low)
+    if math.prod(update.shape) > LARGEST:
+        return f"a whole difference of shape {list(update.shape)}, larger than any weight"
     return {"diff": whole(update)} if isinstance(update, Additive) else _REFUSED
 
 
@@ -370,6 +374,8 @@ def plain_low_rank(update: Update) -> LowRank | None:
 
     Where the ranks of a LoHa or of a LoKr with a factorised half multiply to the full rank, one factor is 1.
     """
+    if not isinstance(update, LowRank) and math.prod(update.shape) > LARGEST:
+        return None
     low = as_low_rank(update)
     if low is not None or not isinstance(update, LoHa | LoKr) or update.rank is None:
         return low
