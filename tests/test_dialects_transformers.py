@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from loratool import api
 from loratool.adapter import Adapter
@@ -218,6 +220,34 @@ def test_a_magnitude_by_input_of_a_fused_projection_cannot_be_split(tmp_path: Pa
     with pytest.raises(FormatError, match="each input") as error:
         read(save(tmp_path / "in", tensors | {f"{module}.dora_scale": torch.rand(1, 8)}))
     assert module in str(error.value.where)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_part_of_a_model_keeps_its_deltas_on_a_way_through_all_names(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever is missing, of any rank, alpha and dtype: each part of a fused module has its own."""
+    shapes = modules(data.draw(st.sampled_from(("flux", "sd3", "z-image", "auraflow"))))
+    names = data.draw(st.lists(st.sampled_from(sorted(shapes)), min_size=1, max_size=6, unique=True))
+    dtypes, alphas = st.sampled_from(("float16", "bfloat16", "float32")), st.sampled_from((None, 0.3, 1.0, 257.0, 7e4))
+    tensors, expected = {}, {}
+    for name in names:
+        rank, alpha = data.draw(st.integers(1, 4)), data.draw(alphas)
+        pair = factors({name: shapes[name]}, rank, data.draw(dtypes))[name]
+        tensors |= diffusion.diffusers({name: pair}) | ({f"{name}.alpha": torch.tensor(alpha)} if alpha else {})
+        expected[name] = diffusion.delta(pair, alpha and float(np.float32(alpha)))
+    folder = tmp_path_factory.mktemp("way")
+    adapter = read(save(folder / "source", tensors))
+    for n, to in enumerate(("kohya", "diffusers", "comfyui", "lycoris", "kohya")):
+        adapter = read(written(adapter, folder / f"{n}", to))
+        for name, delta in expected.items():
+            update: Any = adapter.updates[name]
+            scale = max(np.abs(delta).max(), 1e-9)
+            np.testing.assert_allclose(update.delta() / scale, delta / scale, rtol=0, atol=2e-6)
+        for name in adapter.updates.keys() - expected.keys():  # the other parts of what is fused
+            update = adapter.updates[name]
+            assert not update.delta().any()
 
 
 # -- FLUX in every dialect ---------------------------------------------------------------------------------------
