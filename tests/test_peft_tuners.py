@@ -487,8 +487,9 @@ def test_a_shape_that_the_file_does_not_tell_comes_from_the_base(stored: Any, tu
     assert shapes == {(16, 0), (8, 0)}
     with pytest.raises(MatchError, match="needs the base"):
         loratool.resize(tuned("vera"), tmp_path / "lora", rank=2)
-    with pytest.raises(LossError):
+    with pytest.raises(LossError) as caught:
         loratool.convert(tuned("vera"), tmp_path / "lora", to="mlx")
+    assert "--base" in caught.value.hint
     loratool.convert(tuned("vera"), tmp_path / "lora", to="mlx", base=stored("llama"))
 
 

@@ -137,10 +137,17 @@ def check_losses(adapter: Adapter, format: Format, allow_loss: bool = False) -> 
         raise LossError(
             f"{format.name} cannot say {len(losses)} of {len(adapter.updates) + len(adapter.carried)} parts",
             some(losses),
-            "--allow-loss writes it without them",
+            f"{_first_the_base(adapter, losses)}--allow-loss writes it without them",
             [str(loss) for loss in losses],
         )
     return losses
+
+
+def _first_the_base(adapter: Adapter, losses: list[Loss]) -> str:
+    """What to try before losing what only lacks the shape of its weight."""
+    lost = {loss.name for loss in losses}
+    open_ended = any(0 in u.shape for n, u in adapter.updates.items() if adapter.spelling(n) in lost)
+    return "--base tells the shapes that the file does not; " if open_ended else ""
 
 
 def _beyond(adapter: Adapter, format: Format) -> list[Loss]:
