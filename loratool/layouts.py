@@ -28,7 +28,7 @@ from loratool.errors import MatchError
 from loratool.kinds.entries import entry
 from loratool.kinds.experts import Experts
 from loratool.model import Model
-from loratool.update import Dense, LowRank, Update, rows, stack
+from loratool.update import Dense, LowRank, Replace, Update, rows, stack
 
 Find = Callable[[str], "str | None"]
 """The base's own name of a parameter, None where it has none."""
@@ -215,7 +215,7 @@ def each_expert(target: str, update: Update, fits: Callable[[tuple[int, ...]], b
 
     Raises MatchError where the stack's orientation cannot be told, or its kind cannot be taken apart.
     """
-    if isinstance(update, Dense) and len(update.shape) == 3:
+    if isinstance(update, (Dense, Replace)) and len(update.shape) == 3:
         for number in range(update.shape[0]):
             value = update.value.slice(number, number + 1).reshape(*update.shape[1:])
             yield replace(update, value=value)

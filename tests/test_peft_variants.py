@@ -419,6 +419,24 @@ def test_experts_of_a_transformer_equal_peft(name: str, tmp_path: Path) -> None:
     assert not torch.allclose(models.logits(base), truth, atol=1e-2)
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_experts_trained_whole_equal_peft(name: str, tmp_path: Path) -> None:
+    """Stacks of modules_to_save; Mixtral's experts lie one by one on disk, gate and up apart."""
+    import torch
+
+    base = saved(make_small(name), tmp_path / "base")
+    config = lora_config(target_modules=["q_proj"], modules_to_save=["mlp.experts"])
+    lora = trained(models.load_model(base), config, tmp_path / "lora")
+    truth = models.logits(base, lora)
+    loratool.merge(base, lora, out=tmp_path / "out")
+    assert torch.allclose(models.logits(tmp_path / "out"), truth, atol=1e-5 * float(truth.abs().max()))
+    again = loratool.read(lora).with_metadata(config={})
+    loratool.write(again, tmp_path / "again", format="peft")
+    found = models.logits(base, tmp_path / "again")
+    assert torch.allclose(found, truth, atol=1e-5 * float(truth.abs().max()))
+
+
 # -- adapters of a changed base ------------------------------------------------------------------------------
 
 

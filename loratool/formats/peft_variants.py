@@ -9,7 +9,7 @@ from loratool.errors import FormatError
 from loratool.lazy import np
 from loratool.tensors import Tensor
 
-_GROUP = 1024  # the largest pooling group that is believed
+_GROUP = 256  # the largest pooling group that is believed
 
 
 def plain_factors(config: Mapping[str, Any], module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float]:

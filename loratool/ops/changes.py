@@ -197,6 +197,8 @@ def _place_carried(changes: Changes, adapter: Adapter, strength: float, model: M
     for name, tensor in adapter.carried.items():
         hit = names.find(name)
         if isinstance(hit, Unmatched):
+            if _place_in_pieces(changes, adapter, name, strength, model):
+                continue
             if has_number(name.split(".")) or name.startswith("bundle_emb.") or any(w.prefix for w in model.weights):
                 changes.unmatched.append(Unmatched(adapter.spelling(name), hit.why))
             else:
@@ -208,6 +210,20 @@ def _place_carried(changes: Changes, adapter: Adapter, strength: float, model: M
         if own and slot.whole and tensor.same_values(model.parameters[slot.tensor][0].tensor):
             continue  # a copy of the base
         _replace(changes, slot, tensor, 1.0 if own else strength, adapter.spelling(name), model)
+
+
+def _place_in_pieces(changes: Changes, adapter: Adapter, name: str, strength: float, model: Model) -> bool:
+    """A whole stack of experts that the base holds in another layout: each piece put in its place."""
+    tensor = adapter.carried[name]
+    if len(tensor.shape) != 3:
+        return False
+    found, unmatched = match(replace(adapter, updates={module_of(name): Replace(tensor)}, carried={}), model)
+    pieces = [(one.place, one.update.value) for one in found if isinstance(one.update, Replace)]
+    if unmatched or not pieces or len(pieces) < len(found):
+        return False
+    for place, value in pieces:
+        _replace(changes, place, value, strength, adapter.spelling(name), model)
+    return True
 
 
 def _replace(changes: Changes, slot: Slot, tensor: Tensor, strength: float, module: str, model: Model) -> None:
