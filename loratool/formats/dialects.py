@@ -469,6 +469,8 @@ def collect(
         for leaf, update in found.items():
             spelling = modules[source].bias_key if leaf else source
             try:
+                if len(pieces) > 1 and weight and update.shape[:1] != weight.shape[:1]:
+                    raise FormatError(f"a bias of shape {list(update.shape)} beside a weight of {list(weight.shape)}")
                 for reference, part in split(update, pieces).items():
                     _put(updates, spellings, reference + leaf, part, spelling)
             except LoratoolError as error:
