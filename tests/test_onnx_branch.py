@@ -109,6 +109,16 @@ def test_quantised_weights_keep_the_update(graphs: Graphs, tmp_path: Path, name:
     assert initializers(out)[: len(initializers(base))] == initializers(base)
 
 
+def test_integer_products_are_known_by_their_biases(graphs: Graphs, tmp_path: Path) -> None:
+    """The quantiser drops what dynamo noted; behind Cast and Mul, the bias still has its name."""
+    base, adapter = graphs.variant("whisper", "dynamic", "dynamo"), graphs.adapter("whisper")
+    report = loratool.export_onnx(base, adapter, out=tmp_path / "out.onnx")
+    assert report.verified and {entry["resolver"] for entry in report.resolved.values()} == {"bias"}
+    before, after = run(base, feed("whisper"))[0], run(tmp_path / "out.onnx", feed("whisper"))[0]
+    wanted = graphs.reference("whisper", adapter)[0] - graphs.reference("whisper")[0]
+    assert cosine(after - before, wanted) > 0.85
+
+
 def test_int4_weights_are_understood(graphs: Graphs, tmp_path: Path) -> None:
     """PEFT on a model whose weights are what the codes stand for gives the same outputs."""
     base, adapter = graphs.variant("llama", "nbits"), graphs.adapter("llama")

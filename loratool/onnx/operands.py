@@ -186,13 +186,24 @@ def bias_of(graph: Graph, operand: Operand) -> Use | None:
     if slot is not None:
         traced = graph.trace(Use(node, slot)) if len(node.proto.input) > slot else None
         return Use(node, slot) if traced else None
-    for use in graph.uses.get(Value(node.scope, node.proto.output[0]), ()):
+    for use in graph.uses.get(Value(node.scope, _float_result(graph, node).proto.output[0]), ()):
         if use.node.op == "Add":
             other = Use(use.node, 1 - use.slot)
             traced = graph.trace(other)
             if traced is not None and len(traced[0].shape) == 1:
                 return other
     return None
+
+
+def _float_result(graph: Graph, node: Node) -> Node:
+    """The node whose result is a product's in floats: behind integers come a Cast and a Mul by the scales."""
+    last = node
+    for op in ("Cast", "Mul") if node.op in ("MatMulInteger", "ConvInteger") else ():
+        uses = graph.uses.get(Value(last.scope, last.proto.output[0]), ())
+        if len(uses) != 1 or uses[0].node.op != op:
+            return node
+        last = uses[0].node
+    return last
 
 
 def _bias_module(graph: Graph, operand: Operand) -> str:
