@@ -49,6 +49,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "pooled_projection_dim": 16,
             "out_channels": 4,
             "pos_embed_max_size": 8,
+            "dual_attention_layers": (0,),  # else a narrow one has only names that FLUX has too
         },
     ),
     "wan": (
