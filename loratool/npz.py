@@ -12,7 +12,6 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
-
 from loratool.errors import FormatError
 from loratool.lazy import np
 from loratool.tensors import DTYPES, SafetensorsFile, Tensor, numpy_dtype

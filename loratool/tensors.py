@@ -18,7 +18,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-
 import xxhash
 
 from loratool.errors import FormatError, LoratoolError
