@@ -119,6 +119,18 @@ def test_integer_products_are_known_by_their_biases(graphs: Graphs, tmp_path: Pa
     assert cosine(after - before, wanted) > 0.85
 
 
+@pytest.mark.parametrize("how", ["nbits", "dynamic"])
+def test_quantised_weights_without_names_are_known_by_their_rows(graphs: Graphs, tmp_path: Path, how: str) -> None:
+    base, adapter, folder = graphs.variant("llama", how, "dynamo"), graphs.adapter("llama"), tmp_path / "base"
+    with pytest.raises(MatchError, match="only values can tell"):
+        loratool.export_onnx(base, adapter, out=tmp_path / "out.onnx")
+    make("llama").save_pretrained(folder)
+    report = loratool.export_onnx(base, adapter, out=tmp_path / "out.onnx", base_weights=folder)
+    assert report.verified and {entry["resolver"] for entry in report.resolved.values()} == {"values"}
+    same = branched(graphs.variant("llama", how), tmp_path / "same.onnx", adapter)  # its names are there
+    assert_close(run(tmp_path / "out.onnx", feed("llama")), run(same, feed("llama")), by=1e-2)
+
+
 def test_int4_weights_are_understood(graphs: Graphs, tmp_path: Path) -> None:
     """PEFT on a model whose weights are what the codes stand for gives the same outputs."""
     base, adapter = graphs.variant("llama", "nbits"), graphs.adapter("llama")

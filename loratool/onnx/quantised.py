@@ -8,11 +8,16 @@ Sources: the ONNX operator specification; onnxruntime's contrib operators.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 from loratool.errors import MatchError
 from loratool.lazy import np
+from loratool.model import Model
 from loratool.onnx.graph import Graph, Node, Use
 from loratool.onnx.operands import Operand
+from loratool.onnx.values import COLUMNS, leading, torch_matrices
+
+_ALIKE, _OTHER = 0.9, 0.7  # cosines: int4 codes keep 0.99 of a weight, two weights have next to none in common
 
 
 def dequantised(graph: Graph, operand: Operand) -> np.ndarray:
@@ -89,6 +94,49 @@ def _blocks(graph: Graph, operand: Operand) -> np.ndarray:
         )
     wide = (codes - middle.reshape(-1, 1)) * scales.astype(np.float32).reshape(-1, 1)
     return np.ascontiguousarray(wide.reshape(out, count * block)[:, :inner])
+
+
+# ---------------------------------------------------------------- told by their values
+
+
+def recognise(graph: Graph, found: Iterable[Operand], base: Model) -> Iterator[tuple[Operand, str]]:
+    """The modules of a checkpoint that quantised weights without a name are: those whose rows point the same way.
+
+    Scales drop out, row by row; a weight that two modules resemble is left alone.
+    """
+    tables: dict[tuple[int, ...], list[tuple[str, np.ndarray]]] = {}
+    for operand in found:
+        held = _directions(graph, operand) if operand.quantised and not operand.refused else None
+        if held is None:
+            continue
+        if operand.shape not in tables:
+            matrices = ((name, tensor) for name, tensor in torch_matrices(base) if tensor.shape == operand.shape)
+            tables[operand.shape] = [(n.removesuffix(".weight"), _unit(leading(t))) for n, t in matrices]
+        likeness = sorted(
+            ((float((held * known).sum(1).mean()), n) for n, known in tables[operand.shape]), reverse=True
+        )
+        if likeness and likeness[0][0] > _ALIKE and (len(likeness) == 1 or likeness[1][0] < _OTHER):
+            yield operand, likeness[0][1]
+
+
+def _directions(graph: Graph, operand: Operand) -> np.ndarray | None:
+    """The first values of each output row, scaled to length 1; None for what is not understood."""
+    try:
+        values = _codes(graph, operand) if operand.use.node.op == "MatMulInteger" else dequantised(graph, operand)
+    except MatchError:
+        return None
+    return _unit(values.reshape(len(values), -1)[:, :COLUMNS]) if values.shape == operand.shape else None
+
+
+def _codes(graph: Graph, operand: Operand) -> np.ndarray:
+    """The weight of a MatMulInteger without its scales, [out,in]."""
+    zero = _stored(graph, operand.use.node, 3)
+    return np.asarray((operand.weight.tensor.float() - (0 if zero is None else zero.astype(np.float32))).T)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    wide = rows.astype(np.float32)
+    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12))
 
 
 def _unpacked(bytes_: np.ndarray, bits: int) -> np.ndarray:

@@ -127,6 +127,7 @@ class _Index:
 
     def _by_value(self, base: Model) -> None:
         """Operands without a sure name, by the base weights whose rows they hold."""
+        from loratool.onnx.quantised import recognise
         from loratool.onnx.values import identify
 
         unsure = [c.operand for claims in self.claims.values() for c in claims if c.source not in ("scopes", "path")]
@@ -139,6 +140,9 @@ class _Index:
                 self.claims.setdefault(module, []).append(_Claim(operand, "values", rows_))
         self.claims = {module: claims for module, claims in self.claims.items() if claims}
         self.nameless = [operand for operand in self.nameless if id(operand) not in sure]
+        for operand, module in list(recognise(self.graph, self.nameless, base)):
+            self.claims.setdefault(module, []).append(_Claim(operand, "values"))
+            self.nameless = [other for other in self.nameless if other is not operand]
 
     def _fused(self) -> None:
         """The parts of projections that the graph has fused."""

@@ -53,12 +53,12 @@ def identify(found: Sequence[Operand], base: Model) -> Iterator[tuple[Operand, l
 
 def _known(base: Model, dtype: str, inner: tuple[int, ...]) -> Iterator[_Known]:
     """The modules of the checkpoint whose rows have the shape ``inner``."""
-    for name, tensor in _matrices(base):
+    for name, tensor in torch_matrices(base):
         if tensor.shape[1:] == inner:
             yield _Known(name.removesuffix(".weight"), row_keys(leading(tensor.cast(dtype))))
 
 
-def _matrices(base: Model) -> Iterator[tuple[str, Tensor]]:
+def torch_matrices(base: Model) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the checkpoint with two axes or more, in torch.nn.Linear's orientation."""
     renamed = base.architecture is not None
     for name, slot in base.places.items():
@@ -141,7 +141,7 @@ def confirm(sites: Iterable[Site], base: Model, present: Callable[[str], bool]) 
     names = Names(base.places)
     tie = tie_of(base.configs.get("", {}), frozenset(base.modules))
     ends = (f"{tie.head}.weight", f"{tie.embedding}.weight") if tie else ()
-    vanished = [(name, tensor) for name, tensor in _matrices(base) if not present(name) and name not in ends]
+    vanished = [(name, tensor) for name, tensor in torch_matrices(base) if not present(name) and name not in ends]
     for site in sites:
         if site.quantised or len(site.weight.shape) < 2:
             continue
