@@ -22,7 +22,7 @@ from loratool.kinds.experts import Experts
 from loratool.kinds.patch import Padded
 from loratool.layouts import Layouts
 from loratool.model import Model
-from loratool.update import LowRank, Update
+from loratool.update import Dense, LowRank, Update
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,19 @@ def present(adapter: Adapter, model: Model) -> Adapter:
     absent = {
         target
         for target, update in adapter.updates.items()
-        if update.homogeneous and is_bias(target) and isinstance(names.find_target(target), Unmatched)
+        if _needs_no_place(target, update) and isinstance(names.find_target(target), Unmatched)
     }
     return replace(adapter, updates={t: u for t, u in adapter.updates.items() if t not in absent})
+
+
+def _needs_no_place(target: str, update: Update) -> bool:
+    """Whether a base without that bias is no loss: there is nothing to rescale, or what would be added is zero.
+
+    PEFT's ``lora_bias`` holds for all modules, so it is zeros for those without a bias.
+    """
+    if not is_bias(target):
+        return False
+    return update.homogeneous or (isinstance(update, Dense) and not update.value.array().any())
 
 
 def match(adapter: Adapter, model: Model) -> tuple[list[Match], list[Unmatched]]:
@@ -185,7 +195,7 @@ def match(adapter: Adapter, model: Model) -> tuple[list[Match], list[Unmatched]]
                 found.append(Match(target, orient(part, target, place, model), place, "layout"))
             continue
         if isinstance(hit, Unmatched):
-            if not (update.homogeneous and is_bias(target)):
+            if not _needs_no_place(target, update):
                 unmatched.append(Unmatched(adapter.spelling(target), hit.why))
             continue
         name, how = hit

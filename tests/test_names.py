@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import loratool
@@ -15,7 +16,8 @@ from loratool.architectures.llm import RENAMED_PREFIXES
 from loratool.errors import LoratoolError, MatchError
 from loratool.model import read_model
 from loratool.names import Match, Names, Unmatched, match
-from loratool.update import DoRA, LowRank, Update
+from loratool.tensors import Tensor
+from loratool.update import Dense, DoRA, LowRank, Update
 from tests import models, samples
 from tests.samples import low, normal
 
@@ -266,3 +268,13 @@ def test_checkpoints_without_their_class_prefix(name: str, prefix: str, base: Ma
 def test_an_adapter_is_no_model(lora: Make, tmp_path: Path) -> None:
     with pytest.raises(LoratoolError, match="this is an adapter, not a model"):
         loratool.merge(lora("llama"), lora("llama"), out=tmp_path / "out")
+
+
+def test_a_bias_of_zeros_needs_no_place_and_any_other_does(tmp_path: Path) -> None:
+    base = samples.model(tmp_path / "base", {"a.weight": normal(7, 5)})
+    zeros = Dense(Tensor.of(np.zeros(7, np.float32)), 2.0, "bias")
+    one = Adapter({"a": low(), "a.bias": zeros}, {}, Metadata("raw"))
+    assert loratool.merge(base, one, out=tmp_path / "out").unmatched == ()
+    other = Adapter({"a": low(), "a.bias": Dense(normal(7), 2.0, "bias")}, {}, Metadata("raw"))
+    with pytest.raises(MatchError, match=r"a\.bias"):
+        loratool.merge(base, other, out=tmp_path / "more")
