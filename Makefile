@@ -5,10 +5,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-test check: export OMP_NUM_THREADS := 1
+test check fuzz: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt readme bench clean
+.PHONY: help demo test check fuzz fmt readme bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ check: .venv/.dev ## what CI runs: format, lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict loratool
 	$(BIN)/python -m pytest -n 2
+
+fuzz: .venv/.dev ## try the property tests on many new examples
+	FUZZ=20 $(BIN)/python -m pytest -n 2 -m hypothesis
 
 fmt: .venv/.dev ## format the code and fix what can be fixed
 	$(BIN)/ruff format .

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 import loratool
 from loratool import api, cli
 from loratool.errors import LoratoolError
+from tests.laws import examples
 
 ROOT = Path(__file__).parent.parent
 CONVERTING = ("inspect", "formats", "convert", "check", "merge", "unmerge", "verify", "compare")
@@ -1101,9 +1102,6 @@ FIELDS = """
 r lora_alpha rank_pattern alpha_pattern target_modules peft_type use_rslora use_dora fan_in_fan_out modules_to_save
 init_lora_weights base_model_name_or_path bias lora_bias
 """
-QUICK = settings(
-    max_examples=80, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
 
 
 def endure(path: Path, out: Path) -> None:
@@ -1121,7 +1119,7 @@ def endure(path: Path, out: Path) -> None:
         assert not report.modules or loratool.read(out / to)
 
 
-@QUICK
+@examples(80)
 @given(
     change=st.dictionaries(
         st.sampled_from(FIELDS.split()),
@@ -1165,7 +1163,7 @@ KEYS = (
 
 
 @pytest.mark.parametrize("name", ["raw", "kohya", "diffusers"])
-@QUICK
+@examples(80)
 @given(data=st.data())
 def test_any_header(name: str, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     header, body = header_of(HERE / f"{name}.safetensors")
@@ -1181,7 +1179,7 @@ def test_any_header(name: str, tmp_path_factory: pytest.TempPathFactory, data: s
     endure(folder / "x.safetensors", folder)
 
 
-@QUICK
+@examples(80)
 @given(data=st.binary(max_size=64) | st.binary(max_size=64).map(lambda b: len(b).to_bytes(8, "little") + b"{" + b))
 def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.mktemp("fuzz")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import loratool
@@ -19,6 +19,7 @@ from loratool.ops.compare import norm, product_norm
 from loratool.tensors import Tensor
 from loratool.update import Dense, DoRA, LowRank, Sum, Update
 from tests import samples
+from tests.laws import examples
 from tests.samples import lora_file, low, magnitude, normal
 
 
@@ -46,7 +47,7 @@ def gauged(update: LowRank, seed: int = 7) -> LowRank:
     return replace(update, up=Tensor.of(up), down=Tensor.of(turned.reshape(down.shape)))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.floats(0.1, 4))
 def test_factors_give_the_dense_result(o: int, i: int, r: int, other_r: int, alpha: float) -> None:
     """Also where the ranks differ, or are larger than the matrix."""

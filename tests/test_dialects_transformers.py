@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from loratool import api
@@ -24,6 +24,7 @@ from loratool.formats import by_name, detect
 from loratool.formats.base import Evidence
 from tests import diffusion
 from tests.diffusion import Pairs, factors, save
+from tests.laws import examples
 
 torch = pytest.importorskip("torch")
 
@@ -171,6 +172,18 @@ def test_one_stored_module_is_counted_once(tmp_path: Path) -> None:
     assert found.parameters == sum(down.numel() + up.numel() for down, up, _ in stored.values())
 
 
+@pytest.mark.parametrize("family", [known.name for known in TRANSFORMERS])
+def test_a_lone_module_stays_of_its_family_in_every_format(family: str, tmp_path: Path) -> None:
+    """ComfyUI's final_layer.linear is FLUX's as well as Z-Image's: the metadata tells whose, where names do not."""
+    shapes = {re.sub(r"\d+", "0", name): (name, shape) for name, shape in modules(family).items()}
+    for n, (name, shape) in enumerate(shapes.values()):
+        adapter = read(save(tmp_path / f"{n}", diffusion.diffusers(factors({name: shape}, rank=1))))
+        for to in ("kohya", "diffusers", "comfyui", "lycoris") if adapter.metadata.architecture == family else ():
+            again = read(written(adapter, tmp_path / f"{n}-{to}", to))
+            assert again.metadata.architecture == family
+            assert name in again.updates  # with the other parts of what is fused
+
+
 QKV = [f"transformer.transformer_blocks.0.attn.to_{leaf}" for leaf in "qkv"]
 
 
@@ -222,7 +235,7 @@ def test_a_magnitude_by_input_of_a_fused_projection_cannot_be_split(tmp_path: Pa
     assert module in str(error.value.where)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(15)
 @given(data=st.data())
 def test_any_part_of_a_model_keeps_its_deltas_on_a_way_through_all_names(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import loratool
@@ -27,6 +27,7 @@ from loratool.plan import OutputFile, Part, Plan, Step
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import Additive, Dense, DoRA, Sum, Update, rows, stack
 from tests import samples
+from tests.laws import examples
 from tests.samples import LYCORIS, loha, lokr, magnitude, normal, tucker_loha
 from tests.samples import WHOLE_LOKR as WHOLE
 
@@ -989,7 +990,7 @@ def assert_additive_laws(update: LoHa | LoKr, expected: np.ndarray, data: st.Dat
         assert low.rank < min(o, math.prod(update.shape[1:]))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.data(), sizes, sizes, sizes, sizes, kernels, st.none() | st.floats(-9, 9))
 def test_lokr_laws(data: st.DataObject, a: int, b: int, c: int, d: int, k: list[int], alpha: float | None) -> None:
     """Section 3.4, every stored variant."""
@@ -1002,7 +1003,7 @@ def test_lokr_laws(data: st.DataObject, a: int, b: int, c: int, d: int, k: list[
     assert_additive_laws(update, scaling * lokr_reference(update), data)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.data(), sizes, sizes, sizes, kernels, st.booleans(), st.none() | st.floats(-9, 9), dtypes)
 def test_loha_laws(
     data: st.DataObject, o: int, i: int, r: int, k: list[int], core: bool, alpha: float | None, dtype: str
@@ -1050,7 +1051,7 @@ def anything(draw: st.DrawFn, hint: Any) -> Any:
     return draw(st.sampled_from(inner)) if get_origin(hint) is Literal else tuple(draw(shape))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.data())
 def test_whatever_the_tensors_a_kind_refuses_or_works(data: st.DataObject) -> None:
     """Nothing but an error that says what is wrong; what is accepted can be applied to a weight of its shape."""

@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool import linalg
 from loratool.linalg import allocate, exact_svd, rank_for_error, recompress, relative_error, truncated_svd
+from tests.laws import examples
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -33,7 +34,7 @@ def assert_svd(found: linalg.Truncation, dense: np.ndarray, atol: float) -> None
     np.testing.assert_allclose((found.up * found.values) @ found.down, dense, rtol=0, atol=atol * scale)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
 def test_recompress_is_the_svd_of_the_product(o: int, i: int, r: int, twice: int) -> None:
     """Also with dependent columns, and with ranks beyond the matrix."""
@@ -112,7 +113,7 @@ def test_truncated_svd_is_near_the_best(decay: float) -> None:
 # -- ranks ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.floats(0.001, 1))
 def test_the_smallest_rank_that_suffices(values: list[float], error: float) -> None:
     ordered = np.array(sorted(values, reverse=True))
@@ -138,7 +139,7 @@ def test_all_energy_is_the_true_rank() -> None:
     assert rank_for_error(found.values, found.energy, linalg.error_for_energy(1.0)) == 2
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 60), st.integers(0, 1000))
 def test_an_allocation_is_within_one_rank_of_the_best(budget: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool import api, cli
@@ -18,6 +18,7 @@ from loratool.errors import FormatError, LoratoolError, UsageError
 from loratool.formats.mapped import read_map
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import Additive, DoRA
+from tests.laws import examples
 from tests.samples import model, normal, peft_folder, peft_pair
 
 MAP = """\
@@ -169,7 +170,7 @@ def test_an_image_model_is_known_by_the_names_of_the_map(tmp_path: Path) -> None
 
 
 @given(st.lists(st.integers(0, 999_999_999), min_size=1, max_size=4), st.data())
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_numbers_go_over_wherever_they_stand(numbers: list[int], data: Any) -> None:
     glue = [data.draw(st.sampled_from([".x.", "_", ".layer", "y", ".block_"])) for _ in numbers]
     template = "n" + "".join(f"{text}{{}}" for text in glue) + ".e"

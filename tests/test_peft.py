@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import loratool
@@ -22,6 +22,7 @@ from loratool.formats.peft import Patterns, normalise
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Sum
 from tests import models, samples
+from tests.laws import examples
 from tests.samples import PEFT_CONFIG, assert_same_adapter, low, magnitude, normal, peft_folder, peft_pair
 
 Make = Callable[..., Path]
@@ -120,7 +121,7 @@ KEYS = NAMES | st.sampled_from(
 
 
 @pytest.mark.peer
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(KEYS, max_size=4, unique=True), NAMES)
 def test_patterns_match_as_in_peft(keys: list[str], module: str) -> None:
     """llm trap 14: regular expressions with a dot boundary in front; the first in order wins."""
@@ -132,7 +133,7 @@ def test_patterns_match_as_in_peft(keys: list[str], module: str) -> None:
 
 
 @pytest.mark.peer
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.dictionaries(NAMES, st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=6))
 def test_patterns_that_are_written_say_what_is_meant(table: dict[str, tuple[int, int]]) -> None:
     """A name that is the tail of another gets its own rank and alpha."""

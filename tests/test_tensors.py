@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from loratool.errors import FormatError, LoratoolError
@@ -24,6 +24,7 @@ from loratool.tensors import (
     read_safetensors,
     write_safetensors,
 )
+from tests.laws import examples
 from tests.samples import normal
 
 READABLE = [d.name for d in DTYPES.values() if d.numpy]
@@ -60,7 +61,7 @@ def test_all_dtypes_are_written_as_the_library_writes_them(tmp_path: Path) -> No
 
 
 @pytest.mark.peer
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.dictionaries(
         st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=9).filter(
@@ -117,7 +118,7 @@ def test_large_tensors_are_streamed_whole(tmp_path: Path) -> None:
 # -- handles -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(1, 6), st.integers(1, 6), st.data())
 def test_views_load_what_numpy_would(rows: int, columns: int, data: st.DataObject) -> None:
     tensor = normal(rows, columns)
@@ -129,7 +130,7 @@ def test_views_load_what_numpy_would(rows: int, columns: int, data: st.DataObjec
 
 
 @pytest.mark.parametrize(("dtype", "digits"), [("BF16", 8), ("F16", 11), ("F32", 24)])
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_a_cast_rounds_once_to_nearest_even(dtype: str, digits: int, data: st.DataObject) -> None:
     """From float64 too, where numpy and torch stop over at float32 and round twice; llm trap 57."""
@@ -267,7 +268,7 @@ def test_a_hostile_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.integers(0, 200), st.integers(0, 255))
 def test_a_flipped_byte_of_the_header_is_read_or_refused(position: int, value: int) -> None:
     """Whatever a header says, nothing but FormatError comes of it."""

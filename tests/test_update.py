@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.devices import TorchWorker, Worker
@@ -18,6 +18,7 @@ from loratool.ops.verify import ulps
 from loratool.tensors import Tensor
 from loratool.update import Dense, DoRA, LowRank, Sum, Update, as_low_rank, trimmed
 from tests import samples
+from tests.laws import examples
 from tests.samples import ADDITIVE, UPDATES, low, magnitude, normal
 
 every_additive = pytest.mark.parametrize("name", ADDITIVE)
@@ -52,7 +53,7 @@ def low_ranks(draw: st.DrawFn) -> LowRank:
 # -- additive kinds ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(low_ranks(), st.floats(-3, 3), st.data())
 def test_low_rank_laws(update: LowRank, by: float, data: st.DataObject) -> None:
     """scaled, factors and row blocks all say what the formula says."""
@@ -298,7 +299,7 @@ def test_numpy_and_torch_agree_to_the_last_place(name: str, dtype: str) -> None:
         assert ulps(one, other).max() <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), st.sampled_from(("BF16", "F16", "F32")))
 def test_numpy_and_torch_round_alike(values: list[float], dtype: str) -> None:
     """Once, to nearest even; overflow becomes infinity in both."""

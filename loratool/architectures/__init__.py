@@ -52,6 +52,7 @@ __all__ = [
     "identify_checkpoint",
     "identify_names",
     "targets",
+    "telling",
     "told",
     "unflatten",
 ]
@@ -91,6 +92,7 @@ _TOLD = (
     ("ltx-2", "ltx2"),
     ("ltx", "ltx"),
 )
+_MODELSPEC = "modelspec.architecture"
 _OTHERS = ("first_stage_model.", "vae.", "model_ema.", "cond_stage_model.", "conditioner.", "text_encoders.")
 
 
@@ -114,12 +116,22 @@ def identify(modules: Mapping[str, Shape], hint: str | None = None) -> Architect
 
 def told(strings: Mapping[str, str]) -> str | None:
     """The name of the architecture that the metadata of kohya's trainers and their kin tells, or None."""
-    for key in ("ss_base_model_version", "modelspec.architecture"):
+    for key in (_MODELSPEC, "ss_base_model_version"):
         words = strings.get(key, "").lower().replace("_", "-")
-        name = next((name for start, name in _TOLD if words.startswith(start)), None)
-        if name:
+        own = words.partition("/")[0]
+        if name := own if architecture(own) else next((name for start, name in _TOLD if words.startswith(start)), None):
             return name
     return None
+
+
+def telling(strings: Mapping[str, str], known: Architecture | None) -> dict[str, str]:
+    """What an adapter's metadata must say besides for `told` to know a transformer: its names may be others' too.
+
+    A lone ``final_layer.linear`` is FLUX's as well as Z-Image's. Source: Stability AI's ModelSpec.
+    """
+    if not isinstance(known, Transformer) or told(strings) == known.name:
+        return {}
+    return {_MODELSPEC: f"{known.name}/lora"}
 
 
 def _transformer(modules: Mapping[str, Shape], share: float, hint: str | None = None) -> Transformer | None:

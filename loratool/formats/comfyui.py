@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from loratool.adapter import Adapter, Loss
-from loratool.architectures import Architecture
+from loratool.architectures import Architecture, telling
 from loratool.architectures.base import Segment, Shape, Stored
 from loratool.formats import dialects, kohya
 from loratool.formats.base import Evidence, Format, kept
@@ -66,7 +66,7 @@ def write(adapter: Adapter, path: Path) -> None:
         write_safetensors(path, tensors, kohya.strings(adapter, tensors, known))
         return
     strings = {key: value for key, value in adapter.metadata.strings.items() if key != TABLE}
-    write_safetensors(path, tensors, kept(strings, tensors))
+    write_safetensors(path, tensors, kept(strings | telling(strings, known), tensors))
 
 
 def _said(adapter: Adapter) -> tuple[dict[str, Tensor], list[Loss], Architecture | None]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, Loss, is_bias
-from loratool.architectures import Architecture
+from loratool.architectures import Architecture, telling
 from loratool.formats import dialects, peft
 from loratool.formats.base import Evidence, Format, kept
 from loratool.formats.dialects import (
@@ -147,6 +147,7 @@ def write(adapter: Adapter, path: Path) -> None:
         dora = any(isinstance(modules[name], DoRA) for name in members)
         tables[component] = _table(source.get(component, {}), lows, dora, bool(own))
     strings = kept(adapter.metadata.strings, tensors)
+    strings |= telling(strings, known)
     strings.setdefault("format", "pt")
     if told and tables != source:  # else the source's own text says it
         flat = {f"{component}.{key}": value for component, table in tables.items() for key, value in table.items()}

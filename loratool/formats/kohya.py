@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from loratool.adapter import Adapter, Loss
-from loratool.architectures import Architecture, flatten, unflatten
+from loratool.architectures import Architecture, flatten, telling, unflatten
 from loratool.architectures.base import Segment, Shape, Stored
 from loratool.formats import dialects
 from loratool.formats.base import Evidence, Format, kept
@@ -115,7 +115,7 @@ def strings(adapter: Adapter, tensors: Mapping[str, Tensor], known: Architecture
     }
     strings = {key: value for key, value in adapter.metadata.strings.items() if key != TABLE}
     strings.update({key: value for key, value in found.items() if value and key not in strings})
-    return kept(strings, tensors)
+    return kept(strings | telling(strings, known), tensors)
 
 
 def _common(values: Iterable[str]) -> str:
