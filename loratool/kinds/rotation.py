@@ -35,8 +35,8 @@ class Stage:
     order: np.ndarray | None = None
 
 
-class Rotation(Update):
-    """W' = gain * (M W) on the outputs of a layer, gain * (W M^T) on its inputs, a kernel flattened into these.
+class Turn(Update):
+    """A weight whose outputs are turned, or its inputs where ``on_input``, a kernel flattened into these.
 
     ``weight`` is the shape of the weight where it is known: the tensors tell one axis of it, and ``shape`` says 0 for
     the others. ``layer`` says how the base stores the weight.
@@ -45,12 +45,50 @@ class Rotation(Update):
     layer: Layer
     weight: tuple[int, ...] | None
     on_input = False
-    """Whether the inputs are turned."""
 
     @property
     @abstractmethod
     def size(self) -> int:
         """Length of the axis that is turned; 0 where the base decides it."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows of the weight as the base stores it are turned; else its columns."""
+        return self.on_input == (self.layer == "transposed")
+
+    @property
+    def others(self) -> int:
+        """Length of the other axis; 0 where it is not known."""
+        return 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight or ((self.size, self.others) if self.by_rows else (self.others, self.size))
+
+    def sized(self, shape: tuple[int, ...]) -> Update | None:
+        return replace(self, weight=shape) if self._fits(shape) else None  # type: ignore[type-var]
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the turned axis is of a weight of this shape."""
+        return len(shape) > 1 and self.size in (0, _sides(shape)[not self.by_rows])
+
+    def _check(self) -> None:
+        """Raise FormatError where the parts do not fit each other."""
+        if self.weight and not self._fits(self.weight):
+            raise FormatError(f"a {self.kind} of {self.size} rows or columns for a weight of shape {list(self.weight)}")
+
+    def oriented(self, layer: Layer) -> Update:
+        """The same update for a base that stores its weight as ``layer``."""
+        return replace(self, layer=layer, weight=None)  # type: ignore[type-var]
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a weight, a kernel flattened into these."""
+    return shape[0], math.prod(shape[1:])
+
+
+class Rotation(Turn):
+    """W' = gain * (M W) on the outputs of a layer, gain * (W M^T) on its inputs, M one orthogonal matrix."""
 
     @property
     @abstractmethod
@@ -67,42 +105,26 @@ class Rotation(Update):
         """The block-diagonal factors of M, the first to act first."""
 
     @property
-    def by_rows(self) -> bool:
-        """Whether rows of the weight as the base stores it are turned; else its columns."""
-        return self.on_input == (self.layer == "transposed")
-
-    @property
     def mixes(self) -> int:
         return self.span if self.by_rows else 1
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        others = self.gain.size if self.gain is not None and self.on_input else 0
-        return self.weight or ((self.size, others) if self.by_rows else (others, self.size))
-
-    def sized(self, shape: tuple[int, ...]) -> Update | None:
-        return replace(self, weight=shape) if self._fits(shape) else None  # type: ignore[type-var]
+    def others(self) -> int:
+        return self.gain.size if self.gain is not None and self.on_input else 0
 
     def _fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the turned axis and the gain are of a weight of this shape."""
-        if len(shape) < 2:
+        if not super()._fits(shape):
             return False
-        sides = shape[0], math.prod(shape[1:])
-        axis, outputs = sides[not self.by_rows], sides[self.layer == "transposed"]
-        return self.size in (0, axis) and axis % self.span == 0 and (self.gain is None or self.gain.size == outputs)
+        axis, outputs = _sides(shape)[not self.by_rows], _sides(shape)[self.layer == "transposed"]
+        return axis % self.span == 0 and (self.gain is None or self.gain.size == outputs)
 
     def _check(self) -> None:
-        """Raise FormatError where the parts do not fit each other."""
         if self.size % self.span:
             raise FormatError(f"a {self.kind} whose factors mix {self.span} rows of {self.size}")
         if self.gain is not None and not self.on_input and self.gain.size != self.size:
             raise FormatError(f"a {self.kind} of {self.size} outputs with {self.gain.size} factors")
-        if self.weight and not self._fits(self.weight):
-            raise FormatError(f"a {self.kind} of {self.size} rows or columns for a weight of shape {list(self.weight)}")
-
-    def oriented(self, layer: Layer) -> Update:
-        """The same update for a base that stores its weight as ``layer``."""
-        return replace(self, layer=layer, weight=None)  # type: ignore[type-var]
+        super()._check()
 
     def part(self, start: int, stop: int) -> Update | None:
         """Every row of a plain weight is turned alike where its inputs are; of outputs, rows of whole spans are."""
@@ -297,7 +319,7 @@ class OFT(Rotation):
 
 
 @dataclass(frozen=True)
-class SegmentOFT(Rotation):
+class SegmentOFT(Turn):
     """kohya's OFT of a fused FLUX projection: a diag-OFT for each segment of the outputs (`oft_blocks.0`, `.1`, ...).
 
     oft_blocks: a [n,b,b] for each segment of n*b outputs; the constraint of each is ``alpha`` times its own outputs.
@@ -329,19 +351,12 @@ class SegmentOFT(Rotation):
         return sum(segment.size for segment in self.segments)
 
     @property
-    def span(self) -> int:
-        return 1
-
-    @property
     def mixes(self) -> int:
         return max(segment.span for segment in self.segments)
 
     @property
     def slots(self) -> Mapping[str, Tensor]:
         return {f"oft_blocks.{n}": blocks for n, blocks in enumerate(self.oft_blocks)}
-
-    def stages(self) -> list[Stage]:
-        raise NotImplementedError
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         if self.layer == "transposed":
