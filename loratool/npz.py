@@ -20,6 +20,7 @@ _MOST = 100_000  # members of one archive
 _RATIO = 1100  # of what a member unpacks to and its bytes in the archive: more than deflate can reach
 _HEADER = 10_000  # bytes of one member's header
 _SPELLINGS = {d.numpy: d.name for d in DTYPES.values() if d.numpy}
+# zipfile raises NotImplementedError for a compression it does not know, RuntimeError for an encrypted member
 _FAULTS = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError)
 
 
