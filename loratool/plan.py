@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from loratool.devices import Device, Worker, one_blas_thread
 from loratool.errors import LoratoolError, NumericError
 from loratool.lazy import np
-from loratool.scaled import Scaled
+from loratool.scaled import LARGEST, Scaled
 from loratool.tensors import (
     DTYPES,
     Tensor,
@@ -147,16 +147,28 @@ class Tally:
 
     nonzero: int = 0
     lost: int = 0
+    squares: list[tuple[float, float]] = field(default_factory=list)
+    """Of every block in 8 bits: the sums of squares of what rounding missed, and of the change."""
 
-    def add(self, nonzero: int, lost: int) -> None:
+    def add(self, nonzero: int, lost: int, squares: tuple[float, float] | None = None) -> None:
         """Count one block."""
         self.nonzero += nonzero
         self.lost += lost
+        if squares is not None:
+            self.squares.append(squares)
 
     @property
     def lost_to_rounding(self) -> float:
         """Share of the non-zero delta entries that did not change the stored value."""
         return self.lost / self.nonzero if self.nonzero else 0.0
+
+    @property
+    def rounding_error(self) -> float | None:
+        """||stored - exact|| / ||change|| (Frobenius) over what is stored in 8 bits; None where nothing is."""
+        if not self.squares:
+            return None
+        missed, change = (math.fsum(column) for column in zip(*self.squares, strict=True))  # in whatever order
+        return math.sqrt(missed / change) if change else 0.0
 
 
 class Consumer(Protocol):
@@ -297,13 +309,13 @@ class Run:
             return worker.load(rows).reshape(high - low, -1)  # not into kept memory
 
         value, nonzero = _changed(worker, step.parts, prepared, first, last, base, wide)
-        if step.scaled is not None:
-            value = worker.place(step.scaled.divided(worker.home(value), first))
-        out = checked(worker, value, worker.narrow(value, step.dtype), step)
+        fitted = value if step.scaled is None else worker.place(step.scaled.divided(worker.home(value), first))
+        out = checked(worker, fitted, worker.narrow(fitted, step.dtype), step)
         if out.dtype == stored.dtype:
             same = worker.count_equal(out, stored)
+            squares = _squares(step, first, worker.home(base), worker.home(value), out) if eight_bit(step) else None
             with self._lock:
-                self._tally.add(nonzero, max(0, same - (out.size - nonzero)))
+                self._tally.add(nonzero, max(0, same - (out.size - nonzero)), squares)
         return out
 
 
@@ -337,6 +349,18 @@ def _changed(
     nonzero = worker.count_nonzero(change)
     change += base
     return change, nonzero
+
+
+def eight_bit(step: Step) -> bool:
+    """Whether a tensor is stored in 8-bit floating point, where rounding can take a good part of a change."""
+    return step.dtype in LARGEST
+
+
+def _squares(step: Step, first: int, base: np.ndarray, value: np.ndarray, out: np.ndarray) -> tuple[float, float]:
+    """Sums of squares over a block [rows,-1] in 8 bits: of what rounding ``value`` to ``out`` missed, of the change."""
+    stored = out.astype(np.float32) if step.scaled is None else step.scaled.widened(out, first, step.scaled.new())
+    missed, change = (np.square(d, dtype=np.float64).sum() for d in (stored - value, value - base))
+    return float(missed), float(change)
 
 
 def _with_density(worker: Worker, prepared: Prepared) -> Prepared:

@@ -187,6 +187,7 @@ def show_conversion(report: ConvertReport) -> None:
 def show_merge(report: MergeReport) -> None:
     """What a merge wrote."""
     print(f"merged into {bold(printable(report.output))}")
+    missed = report.rounding_error
     facts(
         (
             ("modules", f"{report.modules:,} applied"),
@@ -199,6 +200,7 @@ def show_merge(report: MergeReport) -> None:
                 f"{size(report.bytes_written)} in {report.seconds:.2f} s, {size(report.peak_bytes)} of memory",
             ),
             ("rounding", f"{report.lost_to_rounding:.2%} of the changes too small for the stored dtype"),
+            *(() if missed is None else (("8 bits", f"rounding misses {missed:.1%} of the change (Frobenius)"),)),
             ("content", report.content_hash[:16]),
             *((("undo", printable(report.undo)),) if report.undo else ()),
         )

@@ -118,6 +118,26 @@ def test_scales_keep_their_dtype_and_never_let_a_value_overflow(dtype: str, tmp_
     assert np.isfinite(found["a.weight"].astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("scales", [{}, {"weight_scale": np.full((O, 1), 1.5, np.float32)}])
+def test_the_report_says_how_much_of_the_change_rounding_missed(scales: dict[str, Any], tmp_path: Path) -> None:
+    stored, update = eight(rng.standard_normal((O, I)), "F8_E4M3"), lora()
+    base = base_of(tmp_path / "base", stored, scales, {})
+    report = loratool.merge(base, Adapter({"a": update}, {}, Metadata("raw")), out=tmp_path / "merged")
+    parameters = read_model(tmp_path / "merged").parameters
+    scale = scales.get("weight_scale", np.float32(1))
+    assert not scales or np.array_equal(parameters["a.weight_scale"][0].tensor.array(), scale)
+    kept = parameters["a.weight"][0].tensor.array().astype(np.float64) * scale
+    missed = kept - (stored.astype(np.float64) * scale + update.delta())
+    assert report.rounding_error == pytest.approx(np.linalg.norm(missed) / np.linalg.norm(update.delta()), rel=1e-4)
+    assert report.rounding_error > 0.05
+
+
+def test_without_weights_in_8_bits_there_is_no_such_error(tmp_path: Path) -> None:
+    base = samples.model(tmp_path / "base", {"a.weight": Tensor.of(np.ones((O, I), np.float32))}, {})
+    report = loratool.merge(base, Adapter({"a": lora()}, {}, Metadata("raw")), out=tmp_path / "merged")
+    assert report.rounding_error is None
+
+
 def test_the_merge_is_proven_and_undone(tmp_path: Path) -> None:
     stored = eight(rng.standard_normal((O, I)) * 100, "F8_E4M3")
     base = base_of(tmp_path / "base", stored, {"weight_scale": np.full((O, 1), 1e-3, np.float32)}, {})

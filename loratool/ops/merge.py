@@ -20,7 +20,7 @@ from loratool.model import Model, WeightFile, stale_copies
 from loratool.ops.changes import Changes, account
 from loratool.ops.replicate import replicated
 from loratool.ops.undo import check_undo, recording
-from loratool.plan import Outcome, OutputFile, Plan, Run, Step, Writer, thread_count
+from loratool.plan import Outcome, OutputFile, Plan, Run, Step, Writer, eight_bit, thread_count
 from loratool.scaled import LARGEST, Change, Scaled, scaled
 from loratool.tensors import FLOATS, Tensor, header_bytes
 
@@ -44,6 +44,7 @@ class MergeReport:
     peak_bytes: int
     unmatched: tuple[str, ...]
     lost_to_rounding: float
+    rounding_error: float | None
     content_hash: str
     operation: str
     version: str
@@ -191,7 +192,7 @@ def _warnings(model: Model, adapters: Sequence[Adapter], outputs: Sequence[Outpu
     """What the user should know: stale copies of the weights, an adapter that is in the base already."""
     copies = stale_copies(model)
     found = [f"copied unmerged, other forms of the same weights: {', '.join(copies[:5])}"] if copies else []
-    if eight := sum(step.base.dtype in LARGEST and bool(step.parts) for output in outputs for step in output.steps):
+    if eight := sum(eight_bit(step) and bool(step.parts) for output in outputs for step in output.steps):
         found.append(f"{eight} weights are stored in 8 bits: merged in float32 and rounded to 8 bits again")
     if model.pickled:
         found.append("the base's weights are pickles: the output holds them as safetensors")
@@ -397,6 +398,7 @@ def report(
         peak_bytes=peak_bytes(),
         unmatched=tuple(u.name for u in merge.changes.unmatched),
         lost_to_rounding=outcome.tally.lost_to_rounding,
+        rounding_error=outcome.tally.rounding_error,
         content_hash=outcome.content_hash,
         operation="merge",
         version=__version__,
