@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
@@ -109,9 +109,9 @@ class Update(ABC):
         return None
 
     @property
-    @abstractmethod
     def slots(self) -> Mapping[str, Tensor]:
         """The stored tensors by slot name (``down``, ``up``, ``magnitude``, ...)."""
+        return dict(tensors_of(self))
 
     @abstractmethod
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
@@ -149,6 +149,18 @@ class Update(ABC):
         if prepared.scan is not None:
             prepared.scan([(0, len(flat), flat)])
         return (flat + prepared.delta(0, len(flat), flat)).reshape(base.shape)
+
+
+def tensors_of(update: Update) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an update by its fields' names, those of tuples numbered; and those of an update inside it."""
+    for field in fields(update):  # type: ignore[arg-type]
+        value = getattr(update, field.name)
+        if isinstance(value, Tensor):
+            yield field.name, value
+        elif isinstance(value, Update):
+            yield from value.slots.items()
+        elif isinstance(value, tuple):
+            yield from ((f"{field.name}.{n}", t) for n, t in enumerate(value) if isinstance(t, Tensor))
 
 
 class Additive(Update):
@@ -279,10 +291,6 @@ class Dense(Additive):
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"value": self.value}
-
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         by = self.scaling * strength
 
@@ -313,10 +321,6 @@ class Replace(Update):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"value": self.value}
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         def delta(start: int, stop: int, base: Array | None) -> Array:
@@ -451,10 +455,6 @@ class DoRA(Update):
             return None
         return self if direction is self.direction else replace(self, direction=direction)
 
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {**self.direction.slots, "magnitude": self.magnitude}
-
     def oriented(self, layer: Layer) -> DoRA:
         """The same update for a base that stores its weight as ``layer``."""
         if not isinstance(self.direction, LowRank):  # held as the base stores it
@@ -537,10 +537,6 @@ class Rows(Update):
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.stop - self.start, *self.whole.shape[1:])
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return self.whole.slots
 
     @property
     def rank(self) -> int | None:

@@ -105,10 +105,6 @@ class Hira(Update):
     def shape(self) -> tuple[int, ...]:
         return self.direction.shape
 
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return self.direction.slots
-
     def oriented(self, layer: Layer) -> Hira:
         """The same update for a base that stores its weight as ``layer``."""
         return replace(self, direction=self.direction.oriented(layer))

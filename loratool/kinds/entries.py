@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.errors import FormatError
-from loratool.tensors import Array, Tensor
+from loratool.tensors import Array
 from loratool.update import Additive, Load, Prepared, Update, namespace
 
 
@@ -45,10 +44,6 @@ class Entry(Update):
     def lines(self) -> tuple[int, int, int, int]:
         """Which part of the matrix it changes."""
         return self.axis, self.start, self.stop, self.step
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return self.inner.slots
 
     @property
     def rank(self) -> int | None:

@@ -7,7 +7,7 @@ huggingface/peft 0.21, `ParamWrapper`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -124,10 +124,6 @@ class Experts(Additive):
     def shape(self) -> tuple[int, ...]:
         pair = (self.up.shape[0], self.down.shape[1])
         return (self.experts, *(pair[::-1] if self.order == "transposed" else pair))
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"down": self.down, "up": self.up}
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         down, up = alike([load(self.down), load(self.up)])

@@ -6,7 +6,7 @@ Source: Chavan et al. 2023, as LyCORIS stores it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loratool.errors import FormatError
@@ -69,10 +69,6 @@ class GLoRA(Update):
     def shape(self) -> tuple[int, ...]:
         _, _, up, down = self._ordered
         return (up.shape[0], *down.shape[1:])
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"a1": self.a1, "a2": self.a2, "b1": self.b1, "b2": self.b2}
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         first, second, up, down = alike([load(factor).reshape(_as_matrix(factor)) for factor in self._ordered])

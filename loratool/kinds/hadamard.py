@@ -6,7 +6,7 @@ Source: LyCORIS (Yeh et al. 2024), FedPara (Hyeon-Woo et al. 2022); PEFT stores 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loratool.errors import FormatError
@@ -72,12 +72,6 @@ class LoHa(Unfolding):
     @property
     def told(self) -> tuple[int, ...]:
         return self._halves[0].shape
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        cores = {"t1": self.t1, "t2": self.t2}
-        first, second = self._halves
-        return {**first.slots, **second.slots, **{name: t for name, t in cores.items() if t is not None}}
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         left, right, other_left, other_right = alike([t for half in self._halves for t in half.terms(load)])

@@ -6,7 +6,7 @@ Source: LyCORIS (Yeh et al. 2024), KronA (Edalati et al. 2022); PEFT stores the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -78,11 +78,6 @@ class LoKr(Unfolding):
     def told(self) -> tuple[int, ...]:
         (a, c, *_), (b, d, *kernel) = (half.shape for half in self._halves)
         return (a * b, c * d, *kernel)
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        first, second = self._halves
-        return {**first.slots, **second.slots, **({} if self.t2 is None else {"t2": self.t2})}
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         terms = [half.terms(load) for half in self._halves]

@@ -6,7 +6,6 @@ other patch of a whole weight, is `Replace`.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loratool.errors import FormatError
@@ -47,10 +46,6 @@ class Padded(Additive):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return self.inner.slots
 
     def sized(self, shape: tuple[int, ...]) -> Additive | None:
         """The inner update where the weight has been grown already, this one where it has fewer inputs."""

@@ -5,7 +5,7 @@ Source: Liu et al. 2022; LyCORIS stores it around 0, PEFT around 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -55,10 +55,6 @@ class IA3(Update):
     def shape(self) -> tuple[int, ...]:
         size = self.vector.size
         return self.weight or ((0, size) if self._axis else (size, 0))
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"vector": self.vector}
 
     def sized(self, shape: tuple[int, ...]) -> IA3 | None:
         return replace(self, weight=shape) if self._fits(shape) else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -274,10 +274,6 @@ class OFT(Rotation):
     def gain(self) -> Tensor | None:
         return self.rescale
 
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"oft_blocks": self.oft_blocks, **({} if self.rescale is None else {"rescale": self.rescale})}
-
     def stages(self) -> list[Stage]:
         by = shrinking(self.oft_blocks, self.alpha, self.size)
 
@@ -353,10 +349,6 @@ class SegmentOFT(Turn):
     @property
     def mixes(self) -> int:
         return max(segment.span for segment in self.segments)
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {f"oft_blocks.{n}": blocks for n, blocks in enumerate(self.oft_blocks)}
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         if self.layer == "transposed":
@@ -455,10 +447,6 @@ class BOFT(Rotation):
     def gain(self) -> Tensor | None:
         return self.rescale
 
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"oft_blocks": self.oft_blocks, **({} if self.rescale is None else {"rescale": self.rescale})}
-
     def stages(self) -> list[Stage]:
         count, blocks, size, _ = self.oft_blocks.shape
         flat = self.oft_blocks.reshape(count * blocks, size, size)
@@ -519,10 +507,6 @@ class PeftOFT(Rotation):
     @property
     def span(self) -> int:
         return (1 + math.isqrt(1 + 8 * self.oft_R.shape[1])) // 2
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"oft_R": self.oft_R}
 
     def sized(self, shape: tuple[int, ...]) -> Update | None:
         if not self._fits(shape):
@@ -625,10 +609,6 @@ class PeftOldOFT(Rotation):
         return self.oft_s
 
     @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"oft_r": self.oft_r, **({} if self.oft_s is None else {"oft_s": self.oft_s})}
-
-    @property
     def _outputs(self) -> int:
         return self.oft_s.size if self.oft_s is not None else self._count * self.span
 
@@ -687,10 +667,6 @@ class PeftBOFT(Rotation):
     @property
     def gain(self) -> Tensor | None:
         return self.boft_s
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"boft_R": self.boft_R, "boft_s": self.boft_s}
 
     def stages(self) -> list[Stage]:
         count, blocks, size, _ = self.boft_R.shape

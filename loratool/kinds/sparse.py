@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loratool.errors import FormatError
@@ -53,10 +52,6 @@ class Sparse(Unfolding):
     @property
     def told(self) -> tuple[int, ...]:
         return tuple(map(int, _unwrapped(self.size)))
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {"indices": self.indices, "values": self.values, "size": self.size}
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         width = math.prod(self.shape[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loratool.errors import FormatError, NumericError
@@ -48,10 +48,6 @@ class Truncated(Update):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.direction.shape
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return {**self.direction.slots, "diagonal": self.diagonal}
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         up, down = self.direction.matrices(load)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from loratool.errors import FormatError, MatchError
 from loratool.kinds.halves import made, wide
 from loratool.lazy import np
 from loratool.tensors import FLOATS, Array, Tensor, numpy_dtype
-from loratool.update import Additive, Layer, Load, LowRank, Prepared, Update, trimmed
+from loratool.update import Additive, Layer, Load, LowRank, Prepared, Update, tensors_of, trimmed
 
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 
@@ -77,10 +77,6 @@ class Tuner(Update):
     def shape(self) -> tuple[int, ...]:
         return self.plain[::-1] if self.layer == "transposed" else self.plain
 
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return dict(tensors_of(self))
-
     def oriented(self, layer: Layer) -> Self:
         """The same update for a base that stores its weight as ``layer``."""
         return replace(self, layer=layer)
@@ -93,18 +89,6 @@ class Tuner(Update):
         """Raise MatchError where only the base tells the shape of the weight, and has not."""
         if 0 in self.plain:
             raise MatchError(f"the file of a {self.word} adapter does not tell the shape of its weights", hint="--base")
-
-
-def tensors_of(update: Update) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an update by the name of its field, those of tuples numbered, those inside updates dotted."""
-    for field in fields(update):  # type: ignore[arg-type]
-        value = getattr(update, field.name)
-        if isinstance(value, Tensor):
-            yield field.name, value
-        elif isinstance(value, Update):
-            yield from ((f"{field.name}.{name}", tensor) for name, tensor in value.slots.items())
-        elif isinstance(value, tuple):
-            yield from ((f"{field.name}.{n}", t) for n, t in enumerate(value) if isinstance(t, Tensor))
 
 
 def chained(**axes: tuple[tuple[str, Tensor, int], ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,10 +91,6 @@ class Turned(Update):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.stored_shape
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        return self.inner.slots
 
     @property
     def rank(self) -> int | None:
