@@ -14,7 +14,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from loratool.errors import FormatError
 from loratool.kinds.halves import wide
@@ -45,6 +45,7 @@ class Turn(Update):
     layer: Layer
     weight: tuple[int, ...] | None
     on_input = False
+    kind = "oft"
 
     @property
     @abstractmethod
@@ -88,17 +89,29 @@ def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 class Rotation(Turn):
-    """W' = gain * (M W) on the outputs of a layer, gain * (W M^T) on its inputs, M one orthogonal matrix."""
+    """W' = stretch * (M W) on the outputs of a layer, stretch * (W M^T) on its inputs, M one orthogonal matrix."""
+
+    block_share = False
+    """Whether one block stands for as many as the base has."""
 
     @property
-    @abstractmethod
+    def blocks(self) -> Tensor:
+        """What M is made of: the first of the slots."""
+        return next(iter(self.slots.values()))
+
+    @property
+    def stretch(self) -> Tensor | None:
+        """A factor for each output, after the turn: the second of the slots, where there is one."""
+        return next(islice(self.slots.values(), 1, None), None)
+
+    @property
+    def size(self) -> int:
+        return 0 if self.block_share else self.blocks.shape[0] * self.span
+
+    @property
     def span(self) -> int:
         """How many neighbours along the axis are mixed: the axis is a multiple of it."""
-
-    @property
-    def gain(self) -> Tensor | None:
-        """A factor for each output, after the turn."""
-        return None
+        return self.blocks.shape[-1]
 
     @abstractmethod
     def stages(self) -> list[Stage]:
@@ -110,20 +123,22 @@ class Rotation(Turn):
 
     @property
     def others(self) -> int:
-        return self.gain.size if self.gain is not None and self.on_input else 0
+        return self.stretch.size if self.stretch is not None and self.on_input else 0
 
     def _fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether the turned axis and the gain are of a weight of this shape."""
+        """Whether the turned axis and the stretch are of a weight of this shape."""
         if not super()._fits(shape):
             return False
         axis, outputs = _sides(shape)[not self.by_rows], _sides(shape)[self.layer == "transposed"]
-        return axis % self.span == 0 and (self.gain is None or self.gain.size == outputs)
+        return axis % self.span == 0 and (self.stretch is None or self.stretch.size == outputs)
 
     def _check(self) -> None:
+        if self.block_share and self.blocks.rows != 1:
+            raise FormatError(f"an OFT of {self.blocks.rows} shared blocks")
         if self.size % self.span:
             raise FormatError(f"a {self.kind} whose factors mix {self.span} rows of {self.size}")
-        if self.gain is not None and not self.on_input and self.gain.size != self.size:
-            raise FormatError(f"a {self.kind} of {self.size} outputs with {self.gain.size} factors")
+        if self.stretch is not None and not self.on_input and self.stretch.size != self.size:
+            raise FormatError(f"a {self.kind} of {self.size} outputs with {self.stretch.size} factors")
         super()._check()
 
     def part(self, start: int, stop: int) -> Update | None:
@@ -132,15 +147,22 @@ class Rotation(Turn):
             if start % self.span or stop % self.span:
                 raise FormatError(f"an {self.kind} mixes {self.span} rows of a fused weight: it cannot be split there")
             return None
-        changes: dict[str, object] = {"weight": self.weight and (stop - start, *self.weight[1:])}
-        if self.gain is not None and self.layer != "transposed":
-            slot = next(slot for slot, tensor in self.slots.items() if tensor is self.gain)
-            changes[slot] = self.gain.reshape(self.gain.size).slice(start, stop)
-        return replace(self, **changes)  # type: ignore[type-var]
+        slots = {slot: self.slots[slot] for slot in self._stretched_rows}
+        changes = {slot: tensor.reshape(tensor.size).slice(start, stop) for slot, tensor in slots.items()}
+        weight = self.weight and (stop - start, *self.weight[1:])
+        return replace(self, **changes, weight=weight)  # type: ignore[type-var]
+
+    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
+        return None if self.by_rows else joined(self, parts, heights, self._stretched_rows)
+
+    @property
+    def _stretched_rows(self) -> tuple[str, ...]:
+        """The slots that hold a value for each row of the weight as stored."""
+        return () if self.layer == "transposed" else tuple(self.slots)[1:]
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         factors = [(load(Tensor.of(stage.less_one)), stage.order) for stage in self.stages()]
-        gain = None if self.gain is None else load(self.gain).reshape(-1)
+        stretch = None if self.stretch is None else load(self.stretch).reshape(-1)
 
         def reach(start: int, stop: int) -> tuple[int, int]:
             return start // self.span * self.span, -(-stop // self.span) * self.span
@@ -162,8 +184,8 @@ class Rotation(Turn):
                 change = _turned(base, low, factors) if whole else turned(base, low)[start - low : stop - low]
             else:
                 change = _turned(base.T, 0, factors).T
-            if gain is not None:
-                by = gain[None, :] if self.layer == "transposed" else gain[start:stop, None]
+            if stretch is not None:
+                by = stretch[None, :] if self.layer == "transposed" else stretch[start:stop, None]
                 change = change * by + own * (by - 1)
             return change * strength
 
@@ -258,22 +280,6 @@ class OFT(Rotation):
         check_blocks(self.oft_blocks, 3)
         self._check()
 
-    @property
-    def kind(self) -> str:
-        return "oft"
-
-    @property
-    def size(self) -> int:
-        return self.oft_blocks.shape[0] * self.span
-
-    @property
-    def span(self) -> int:
-        return self.oft_blocks.shape[-1]
-
-    @property
-    def gain(self) -> Tensor | None:
-        return self.rescale
-
     def stages(self) -> list[Stage]:
         by = shrinking(self.oft_blocks, self.alpha, self.size)
 
@@ -337,10 +343,6 @@ class SegmentOFT(Turn):
     def segments(self) -> tuple[OFT, ...]:
         """The update of each segment."""
         return tuple(OFT(blocks, alpha=self.alpha) for blocks in self.oft_blocks)
-
-    @property
-    def kind(self) -> str:
-        return "oft"
 
     @property
     def size(self) -> int:
@@ -413,8 +415,39 @@ def segmented(parts: Sequence[Update], heights: Sequence[int]) -> SegmentOFT | N
     return SegmentOFT(tuple(found), alphas.pop(), weight=weight) if len(alphas) == 1 else None
 
 
+class Butterfly(Rotation):
+    """A chain of block-diagonal factors on rows in several orders, blocks [m,n,b,b]."""
+
+    kind = "boft"
+
+    def __post_init__(self) -> None:
+        check_blocks(self.blocks, 4)
+        factors, count, size, _ = self.blocks.shape
+        if factors > 1 and (size % 2 or factors > 63 or count % (1 << (factors - 1))):
+            raise FormatError(f"{factors} butterfly factors of {count} blocks of {size} do not interlock")
+        self._check()
+
+    @property
+    def size(self) -> int:
+        return self.blocks.shape[1] * self.blocks.shape[2]
+
+    @property
+    def span(self) -> int:
+        return self.blocks.shape[2] << (self.blocks.shape[0] - 1)
+
+    def factors(self, turn: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """``turn`` of each block, less 1: [m,n,b,b]."""
+        return each_block(self._flat, self.blocks.shape[-1], turn).reshape(self.blocks.shape)
+
+    @property
+    def _flat(self) -> Tensor:
+        """The blocks of all factors, [m*n,b,b]."""
+        count, blocks, *size = self.blocks.shape
+        return self.blocks.reshape(count * blocks, *size)
+
+
 @dataclass(frozen=True)
-class BOFT(Rotation):
+class BOFT(Butterfly):
     """LyCORIS' BOFT: W' = rescale * (R_m-1 ... R_1 R_0 W), each R_i block-diagonal on rows taken in another order.
 
     oft_blocks [m,n,b,b] of n*b outputs (an OFT has one axis less, diffusion trap 46); R from the blocks as in `OFT`,
@@ -427,42 +460,13 @@ class BOFT(Rotation):
     layer: Layer = "plain"
     weight: tuple[int, ...] | None = None
 
-    def __post_init__(self) -> None:
-        check_butterfly(self.oft_blocks)
-        self._check()
-
-    @property
-    def kind(self) -> str:
-        return "boft"
-
-    @property
-    def size(self) -> int:
-        return self.oft_blocks.shape[1] * self.oft_blocks.shape[2]
-
-    @property
-    def span(self) -> int:
-        return self.oft_blocks.shape[2] << (self.oft_blocks.shape[0] - 1)
-
-    @property
-    def gain(self) -> Tensor | None:
-        return self.rescale
-
     def stages(self) -> list[Stage]:
-        count, blocks, size, _ = self.oft_blocks.shape
-        flat = self.oft_blocks.reshape(count * blocks, size, size)
-        by = shrinking(flat, self.alpha, self.size)
-        turns = each_block(flat, size, lambda b: cayley(skew(b) * by)).reshape(count, blocks, size, size)
+        count, _, size, _ = self.blocks.shape
+        by = shrinking(self._flat, self.alpha, self.size)
+        turns = self.factors(lambda b: cayley(skew(b) * by))
         rows = np.arange(self.size)
         orders = (rows.reshape(-1, 2, size // 2 << i).swapaxes(1, 2).reshape(-1) for i in range(count))
         return [Stage(turn, order) for turn, order in zip(turns, orders, strict=True)]
-
-
-def check_butterfly(blocks: Tensor) -> None:
-    """Raise FormatError where these are no blocks of a butterfly."""
-    check_blocks(blocks, 4)
-    factors, count, size, _ = blocks.shape
-    if factors > 1 and (size % 2 or factors > 63 or count % (1 << (factors - 1))):
-        raise FormatError(f"{factors} butterfly factors of {count} blocks of {size} do not interlock")
 
 
 # ---------------------------------------------------------------- PEFT: on the inputs
@@ -492,17 +496,9 @@ class PeftOFT(Rotation):
         shape = self.oft_R.shape
         if len(shape) != 2 or 0 in shape or self.span * (self.span - 1) // 2 != shape[1]:
             raise FormatError(f"oft_R of shape {list(shape)} holds no triangles of square blocks")
-        if (self.block_share and shape[0] != 1) or not 0 <= self.neumann_terms <= 100:
-            raise FormatError(f"an OFT of {shape[0]} shared blocks and {self.neumann_terms} terms")
+        if not 0 <= self.neumann_terms <= 100:
+            raise FormatError(f"an OFT of {self.neumann_terms} terms")
         self._check()
-
-    @property
-    def kind(self) -> str:
-        return "oft"
-
-    @property
-    def size(self) -> int:
-        return 0 if self.block_share else self.oft_R.shape[0] * self.span
 
     @property
     def span(self) -> int:
@@ -525,9 +521,6 @@ class PeftOFT(Rotation):
             return _neumann(k, self.neumann_terms) if self.neumann_terms else cayley(-k)
 
         return [Stage(each_block(self.oft_R, size, turn))]
-
-    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
-        return None if self.by_rows else joined(self, parts, heights, ())
 
 
 def _negated(tensor: Tensor) -> Tensor:
@@ -583,30 +576,12 @@ class PeftOldOFT(Rotation):
 
     def __post_init__(self) -> None:
         check_blocks(self.oft_r, 3)
-        if self.block_share and self.oft_r.shape[0] != 1:
-            raise FormatError(f"an OFT of {self.oft_r.shape[0]} shared blocks")
         self._check()
 
     @property
     def on_input(self) -> bool:  # type: ignore[override]
         """Whether the inputs are turned."""
         return self.oft_s is not None
-
-    @property
-    def kind(self) -> str:
-        return "oft"
-
-    @property
-    def size(self) -> int:
-        return 0 if self.block_share else self.oft_r.shape[0] * self.span
-
-    @property
-    def span(self) -> int:
-        return self.oft_r.shape[-1]
-
-    @property
-    def gain(self) -> Tensor | None:
-        return self.oft_s
 
     @property
     def _outputs(self) -> int:
@@ -630,12 +605,9 @@ class PeftOldOFT(Rotation):
 
         return [Stage(each_block(self.oft_r, self.span, turn))]
 
-    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
-        return None if self.by_rows else joined(self, parts, heights, ("oft_s",))
-
 
 @dataclass(frozen=True)
-class PeftBOFT(Rotation):
+class PeftBOFT(Butterfly):
     """PEFT's BOFT: W' = boft_s * (W M^T), M a chain of m block-diagonal factors on inputs taken in another order.
 
     boft_R [m,n,b,b] of n*b inputs, R = (1 - K) (1 + K)^-1 with K = (B - B^T) / 2; boft_s one value for each output.
@@ -648,35 +620,11 @@ class PeftBOFT(Rotation):
     weight: tuple[int, ...] | None = None
     on_input = True
 
-    def __post_init__(self) -> None:
-        check_butterfly(self.boft_R)
-        self._check()
-
-    @property
-    def kind(self) -> str:
-        return "boft"
-
-    @property
-    def size(self) -> int:
-        return self.boft_R.shape[1] * self.boft_R.shape[2]
-
-    @property
-    def span(self) -> int:
-        return self.boft_R.shape[2] << (self.boft_R.shape[0] - 1)
-
-    @property
-    def gain(self) -> Tensor | None:
-        return self.boft_s
-
     def stages(self) -> list[Stage]:
-        count, blocks, size, _ = self.boft_R.shape
-        flat = self.boft_R.reshape(count * blocks, size, size)
-        turns = each_block(flat, size, lambda b: cayley(-skew(b) / 2)).reshape(count, blocks, size, size)
+        count, _, size, _ = self.blocks.shape
+        turns = self.factors(lambda b: cayley(-skew(b) / 2))
         if count == 1:
             return [Stage(turns[0])]
         rows = np.arange(self.size)
         orders = (rows.reshape(-1, 1 << i, 2, size // 2).swapaxes(1, 2).reshape(-1) for i in range(count))
         return [Stage(turn, np.argsort(order)) for turn, order in zip(turns, orders, strict=True)]
-
-    def stacked(self, parts: Sequence[Update], heights: Sequence[int]) -> Update | None:
-        return None if self.by_rows else joined(self, parts, heights, ("boft_s",))
