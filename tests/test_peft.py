@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import loratool
 from loratool.adapter import Adapter
 from loratool.errors import FormatError, LossError
-from loratool.formats.peft import Patterns, normalise
+from loratool.formats.peft import normalise
+from loratool.formats.peft.config import Patterns
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Sum
 from tests import models, samples
@@ -139,7 +140,7 @@ def test_patterns_that_are_written_say_what_is_meant(table: dict[str, tuple[int,
     """A name that is the tail of another gets its own rank and alpha."""
     from peft.utils.other import get_pattern_key
 
-    from loratool.formats.peft import configuration
+    from loratool.formats.peft.writing_config import configuration
 
     plain = {name: low(r=rank, alpha=float(alpha)) for name, (rank, alpha) in table.items()}
     config = configuration(samples.adapter("lora").with_metadata(config={}), plain, False)

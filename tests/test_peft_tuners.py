@@ -18,7 +18,7 @@ import pytest
 import loratool
 from loratool.adapter import Adapter
 from loratool.errors import FormatError, LoratoolError, LossError, MatchError
-from loratool.formats.peft_tuners import BY_NAME, REFUSED
+from loratool.formats.peft import types
 from loratool.model import read_model
 from loratool.names import match
 from loratool.ops.changes import Changes, check_values
@@ -516,8 +516,14 @@ def test_what_is_no_change_that_the_file_holds_is_refused_by_name(kind: str, tun
 def test_every_type_of_peft_is_read_or_refused_by_name() -> None:
     from peft.utils.peft_types import PeftType
 
-    known = {"LORA", *BY_NAME, *REFUSED}
+    known = {"LORA", *types.NAMES, *types.REFUSED}
     assert {kind.value for kind in PeftType} <= known | set(ROUTED) | {"MULTITASK_PROMPT_TUNING"}
+
+
+@pytest.mark.parametrize("home", types.HOMES)
+def test_every_row_is_where_its_name_is_looked_for(home: str) -> None:
+    assert tuple(types.rows_of(home)) == types.HOMES[home]
+    assert all(types.row_named(name) is row for name, row in types.rows_of(home).items())
 
 
 def rewrite(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import loratool
 from loratool.adapter import Adapter, Metadata
 from loratool.errors import FormatError, LoratoolError, LossError, MatchError
-from loratool.formats.peft_config import FIELDS
+from loratool.formats.peft.config import FIELDS
 from loratool.kinds.experts import Experts
 from loratool.kinds.tokens import Tokens
 from loratool.model import read_model

@@ -25,8 +25,8 @@ from loratool.errors import FormatError, LoratoolError, MatchError, NumericError
 from loratool.formats import peft, raw, slots
 from loratool.formats.base import Evidence
 from loratool.formats.modules import Holder, Locate, Module, gathered, split
-from loratool.formats.peft_config import Scales as PeftScales
-from loratool.formats.peft_config import mutating
+from loratool.formats.peft.config import Scales as PeftScales
+from loratool.formats.peft.config import mutating
 from loratool.formats.slots import Parts
 from loratool.keys import Layout
 from loratool.tensors import SafetensorsFile, Tensor

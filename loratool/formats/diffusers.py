@@ -20,7 +20,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, Loss, is_bias
 from loratool.architectures import Architecture, telling
-from loratool.formats import dialects, peft
+from loratool.formats import dialects
 from loratool.formats.base import Evidence, Format, kept
 from loratool.formats.dialects import (
     TABLE,
@@ -127,6 +127,8 @@ def _loss(update: Update, beside_dora: bool) -> str | None:
 
 def write(adapter: Adapter, path: Path) -> None:
     """Write a diffusers file."""
+    from loratool.formats.peft.writing import stored_slots
+
     adapter, known = referenced(adapter)
     names, _ = _sayable(adapter, known)
     updates = {name: adapter.updates[target] for target, name in names.items()}
@@ -142,7 +144,7 @@ def write(adapter: Adapter, path: Path) -> None:
         lows = _alike(lows)
         own = {name: update for name, update in biases.items() if component_of(name) == component}
         for name, low in lows.items():
-            slots = peft.stored_slots(low, modules[name], own, name)
+            slots = stored_slots(low, modules[name], own, name)
             tensors.update({LAYOUT.key(name, slot): tensor for slot, tensor in slots.items()})
         dora = any(isinstance(modules[name], DoRA) for name in members)
         tables[component] = _table(source.get(component, {}), lows, dora, bool(own))
@@ -171,6 +173,8 @@ def _alike(lows: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 def _table(source: Mapping[str, Any], lows: Mapping[str, LowRank], dora: bool, bias: bool) -> dict[str, Any]:
     """The LoRA configuration of one component; the source's own where it still says the same."""
+    from loratool.formats.peft.writing_config import number, patterned, still_says
+
     flags = {
         "use_rslora": any(low.rank_stabilised for low in lows.values()),
         "use_dora": dora,
@@ -178,12 +182,12 @@ def _table(source: Mapping[str, Any], lows: Mapping[str, LowRank], dora: bool, b
     }
     named = namer(source)
     ranks = {named(name): low.rank for name, low in lows.items()}
-    alphas = {named(name): peft.number(_alpha(low)) for name, low in lows.items()}
+    alphas = {named(name): number(_alpha(low)) for name, low in lows.items()}
     same = all(bool(source.get(flag)) == value for flag, value in flags.items())
-    if same and peft.still_says(source, ranks, alphas, flags["use_rslora"]):
+    if same and still_says(source, ranks, alphas, flags["use_rslora"]):
         return dict(source)
-    r, rank_pattern = peft.patterned(ranks, 8)
-    lora_alpha, alpha_pattern = peft.patterned(alphas, 8)
+    r, rank_pattern = patterned(ranks, 8)
+    lora_alpha, alpha_pattern = patterned(alphas, 8)
     return {
         "r": r,
         "rank_pattern": rank_pattern,

@@ -1,4 +1,4 @@
-"""PEFT's tuners beside LoRA: one row of a table each (`peft_types`), read and written as themselves.
+"""PEFT's tuners beside LoRA: one row of a table each (`types`), read and written as themselves.
 
 A row says how a type names its tensors (by module, and those that all modules share under ``base_model.``), which
 fields of the configuration its mathematics needs, and how its updates are built from them. What cannot be told from
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,35 +17,23 @@ from typing import Any
 from loratool.adapter import Adapter, is_bias
 from loratool.errors import FormatError, MatchError
 from loratool.formats.base import CONFIG, Evidence
-from loratool.formats.peft_config import listed
-from loratool.formats.peft_rows import COPY, Row, Slots, Words, same
-from loratool.formats.peft_types import BY_NAME, REFUSED, ROWS, WORDS
+from loratool.formats.peft.config import listed
+from loratool.formats.peft.keys import PREFIX, normalise
+from loratool.formats.peft.rows import COPY, Row, Slots, Words, same
+from loratool.formats.peft.types import rows
 from loratool.kinds.tuner import Fixed
 from loratool.model import Model
 from loratool.names import Names, Unmatched, stores_transposed
 from loratool.tensors import FLOATS, Tensor
 from loratool.update import Update
 
-__all__ = ["BY_NAME", "REFUSED", "WORDS", "Row", "read", "row_named", "row_of", "written"]
-
-PREFIX = "base_model.model."
 SHARED = "base_model."  # before the names of what all modules share
 
 # ---------------------------------------------------------------- reading
 
 
-def row_named(config: Mapping[str, Any]) -> Row | None:
-    """The row of the type that a configuration names."""
-    return BY_NAME.get(str(config.get("peft_type", "")).upper())
-
-
-def read(
-    evidence: Evidence, row: Row, normalise: Callable[[str], str]
-) -> tuple[dict[str, Update], dict[str, Tensor], dict[str, str]]:
-    """Updates by target, the tensors that are none of this type's, and the spellings.
-
-    ``normalise`` takes PEFT's prefix and the like off a key. Raises FormatError.
-    """
+def read(evidence: Evidence, row: Row) -> tuple[dict[str, Update], dict[str, Tensor], dict[str, str]]:
+    """Updates by target, the tensors that are none of this type's, and the spellings. Raises FormatError."""
     words = Words(evidence.config, evidence.path)
     row.check(words)
     shared, own = _apart(row, evidence)
@@ -159,7 +147,7 @@ def _uncopied(slots: Slots, shared: Slots) -> Slots:
 def row_of(adapter: Adapter) -> Row | None:
     """The type as which an adapter can be written: all its updates are of that one, and say the same of it."""
     kinds = {type(update) for update in adapter.updates.values()}
-    fitting = [row for row in ROWS if kinds and kinds <= set(row.kinds)]
+    fitting = [row for row in rows() if kinds and kinds <= set(row.kinds)]
     own = [row for row in fitting if row.name == _config_type(adapter)]
     return next((row for row in own or fitting if _agree(adapter, row)), None)
 

@@ -10,11 +10,14 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loratool.errors import FormatError
 from loratool.formats.base import Evidence
-from loratool.kinds.experts import Order
+from loratool.formats.peft.types import NAMES, NOT_A_WEIGHT_CHANGE, REFUSED
+
+if TYPE_CHECKING:
+    from loratool.kinds.experts import Order
 
 Meaning = Literal["read", "names", "training", "refused"]
 """read: it changes the update, and is followed; names: it chose the modules, which the file names itself; training: no
@@ -94,8 +97,15 @@ _PARAMETER_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "v1", "w2", "w
 """Parameters in the order in which transformers' expert modules register them: PEFT wraps them in this order."""
 
 
-def refuse_fields(config: Mapping[str, Any], where: Path) -> None:
-    """Raise FormatError, naming the field, for what is no fixed change of weights."""
+def refuse(config: Mapping[str, Any], where: Path) -> None:
+    """Raise FormatError, naming the kind or the field, for what is no fixed change of weights."""
+    kind = str(config.get("peft_type", "LORA")).upper()
+    if kind in NOT_A_WEIGHT_CHANGE:
+        raise FormatError(f"{kind} is not a fixed change of weights", where, "it cannot be merged or converted")
+    if kind in REFUSED:
+        raise FormatError(f"the PEFT type {kind} cannot be read: {REFUSED[kind]}", where)
+    if kind != "LORA" and kind not in NAMES:
+        raise FormatError(f"the PEFT type {kind} is not known", where)
     for field, meaning in FIELDS.items():
         if meaning == "refused" and config.get(field):
             raise FormatError(f"{_WHY[field]} ({field} is set)", where, "it cannot be merged or converted")
