@@ -197,6 +197,7 @@ class LowRank(Additive):
     stored (None: scaling 1). Raises FormatError when the shapes do not chain.
     """
 
+    kind = "lora"
     down: Tensor
     up: Tensor
     mid: Tensor | None = None
@@ -215,10 +216,6 @@ class LowRank(Additive):
             raise FormatError(f"rank mismatch: down {list(down)}, up {list(up)}")
         if self.layer != "plain" and len(down) != 2:
             raise FormatError(f"a convolution cannot be stored as {self.layer}")
-
-    @property
-    def kind(self) -> str:
-        return "lora"
 
     @property
     def rank(self) -> int:
@@ -312,11 +309,8 @@ class Dense(Additive):
 class Replace(Update):
     """A weight trained whole: W' = value."""
 
+    kind = "full"
     value: Tensor
-
-    @property
-    def kind(self) -> str:
-        return "full"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -397,8 +391,42 @@ class Sum(Additive):
         return np.concatenate(ups, axis=1), np.concatenate(downs, axis=0)
 
 
+class Around(Update):
+    """An update made of another one, its first field: what it does not say itself is as that one says."""
+
+    @property
+    def within(self) -> Update:
+        """The update inside."""
+        found: Update = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
+        return found
+
+    @property
+    def kind(self) -> str:
+        return self.within.kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.within.shape
+
+    @property
+    def rank(self) -> int | None:
+        return self.within.rank
+
+    @property
+    def alpha(self) -> float | None:
+        return self.within.alpha
+
+    @property
+    def scaling(self) -> float:
+        return self.within.scaling
+
+    @property
+    def makes(self) -> int:
+        return self.within.makes
+
+
 @dataclass(frozen=True)
-class DoRA(Update):
+class DoRA(Around):
     """DoRA: W' = magnitude x V / ||V||, V = W + delta (Liu et al. 2024).
 
     ``axis`` says for what the norms stand, in terms of the factors: 0 each output, 1 each input (LyCORIS' older
@@ -406,6 +434,7 @@ class DoRA(Update):
     direction is of any additive kind (LyCORIS decomposes LoHa and LoKr too).
     """
 
+    kind = "dora"
     direction: Additive
     magnitude: Tensor
     axis: int = 0
@@ -424,29 +453,9 @@ class DoRA(Update):
             )
 
     @property
-    def kind(self) -> str:
-        return "dora"
-
-    @property
-    def rank(self) -> int | None:
-        return self.direction.rank
-
-    @property
-    def alpha(self) -> float | None:
-        return self.direction.alpha
-
-    @property
-    def scaling(self) -> float:
-        return self.direction.scaling
-
-    @property
     def layer(self) -> Layer:
         """How the base stores the weight."""
         return self.direction.layer if isinstance(self.direction, LowRank) else "plain"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.direction.shape
 
     def sized(self, shape: tuple[int, ...]) -> DoRA | None:
         direction = self.direction.sized(shape)
@@ -519,7 +528,7 @@ def _check_norm(norm: Array) -> None:
 
 
 @dataclass(frozen=True)
-class Rows(Update):
+class Rows(Around):
     """What ``whole`` does to output rows [start, stop) of a fused weight."""
 
     whole: Update
@@ -531,32 +540,12 @@ class Rows(Update):
             raise FormatError(f"rows {self.start} to {self.stop} of a weight of shape {list(self.whole.shape)}")
 
     @property
-    def kind(self) -> str:
-        return self.whole.kind
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return (self.stop - self.start, *self.whole.shape[1:])
 
     @property
-    def rank(self) -> int | None:
-        return self.whole.rank
-
-    @property
-    def alpha(self) -> float | None:
-        return self.whole.alpha
-
-    @property
-    def scaling(self) -> float:
-        return self.whole.scaling
-
-    @property
     def mixes(self) -> int:
         return self.whole.mixes
-
-    @property
-    def makes(self) -> int:
-        return self.whole.makes
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         whole = self.whole.prepare(load, strength)

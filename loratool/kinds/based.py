@@ -18,7 +18,7 @@ from loratool.kinds.truncated import smallest
 from loratool.kinds.tuner import Tuner, axes, chained, double
 from loratool.lazy import np
 from loratool.tensors import Array, Tensor
-from loratool.update import Dense, Layer, Load, LowRank, Prepared, Replace, Update, alike, cast, namespace
+from loratool.update import Around, Dense, Layer, Load, LowRank, Prepared, Replace, alike, cast, namespace
 
 Block = tuple[int, int, Array]
 
@@ -83,27 +83,16 @@ class Householder(Tuner):
 
 
 @dataclass(frozen=True)
-class Hira(Update):
+class Hira(Around):
     """HiRA: W' = W * (1 + up @ down), entry by entry. ``direction`` holds the pair, alpha None."""
 
+    kind = "hira"
     direction: LowRank
-
-    @property
-    def kind(self) -> str:
-        return "hira"
 
     @property
     def layer(self) -> Layer:
         """How the base stores the weight."""
         return self.direction.layer
-
-    @property
-    def rank(self) -> int:
-        return self.direction.rank
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.direction.shape
 
     def oriented(self, layer: Layer) -> Hira:
         """The same update for a base that stores its weight as ``layer``."""
@@ -552,9 +541,7 @@ class Network(Tuner):
 class LnTuning(Replace):
     """LN tuning: the weight or bias of a norm, trained whole."""
 
-    @property
-    def kind(self) -> str:
-        return "ln_tuning"
+    kind = "ln_tuning"
 
 
 @dataclass(frozen=True)

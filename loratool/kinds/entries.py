@@ -7,17 +7,18 @@ from typing import Any
 
 from loratool.errors import FormatError
 from loratool.tensors import Array
-from loratool.update import Additive, Load, Prepared, Update, namespace
+from loratool.update import Additive, Around, Load, Prepared, Update, namespace
 
 
 @dataclass(frozen=True)
-class Entry(Update):
+class Entry(Around):
     """What ``inner`` does to rows (``axis`` 0) or columns (1) start, start + step, ... below stop of a matrix [d1,d2].
 
     The matrix is one entry of a stack, so the shape is [1,d1,d2]; the rest of it stays. Factors are loaded when the
     entry is reached: a stack has hundreds of them. Raises FormatError where the shapes do not fit.
     """
 
+    makes = 0  # until the entry is reached
     inner: Update
     rows: int
     columns: int
@@ -33,10 +34,6 @@ class Entry(Update):
             raise FormatError(f"an update of shape {list(self.inner.shape)} for {list(wanted)} of a stack's entry")
 
     @property
-    def kind(self) -> str:
-        return self.inner.kind
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return (1, self.rows, self.columns)
 
@@ -44,18 +41,6 @@ class Entry(Update):
     def lines(self) -> tuple[int, int, int, int]:
         """Which part of the matrix it changes."""
         return self.axis, self.start, self.stop, self.step
-
-    @property
-    def rank(self) -> int | None:
-        return self.inner.rank
-
-    @property
-    def alpha(self) -> float | None:
-        return self.inner.alpha
-
-    @property
-    def scaling(self) -> float:
-        return self.inner.scaling
 
     @property
     def needs_base(self) -> bool:
@@ -87,10 +72,6 @@ class AdditiveEntry(Entry, Additive):
     """The same where the inner update is additive."""
 
     inner: Additive
-
-    @property
-    def needs_base(self) -> bool:
-        return False
 
     def scaled(self, by: float) -> AdditiveEntry:
         return replace(self, inner=self.inner.scaled(by))

@@ -29,6 +29,7 @@ class Experts(Additive):
     when the shapes do not chain.
     """
 
+    kind = "lora"
     down: Tensor
     up: Tensor
     experts: int
@@ -96,10 +97,6 @@ class Experts(Additive):
             up=Tensor.of(np.ascontiguousarray(down.transpose(2, 1, 0)).reshape(-1, r * count)),
             order=turned,
         )
-
-    @property
-    def kind(self) -> str:
-        return "lora"
 
     @property
     def rank(self) -> int:

@@ -25,6 +25,7 @@ class GLoRA(Update):
     Raises FormatError when the shapes chain in neither layout.
     """
 
+    kind = "glora"
     a1: Tensor
     a2: Tensor
     b1: Tensor
@@ -50,10 +51,6 @@ class GLoRA(Update):
     def _ordered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The factors in the order [i,r], [r,i], [o,r], [r,i,*k]; the new layout where shapes allow both."""
         return (self.a1, self.a2, self.b1, self.b2) if self._is_new else (self.a2, self.a1, self.b2, self.b1)
-
-    @property
-    def kind(self) -> str:
-        return "glora"
 
     @property
     def rank(self) -> int:

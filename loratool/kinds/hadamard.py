@@ -27,6 +27,7 @@ class LoHa(Unfolding):
     tell it flattened only. Raises FormatError when the shapes do not chain.
     """
 
+    kind = "loha"
     w1_a: Tensor
     w1_b: Tensor
     w2_a: Tensor
@@ -50,10 +51,6 @@ class LoHa(Unfolding):
             Half("w1", None, self.w1_a, self.w1_b, self.t1),
             Half("w2", None, self.w2_a, self.w2_b, self.t2),
         )
-
-    @property
-    def kind(self) -> str:
-        return "loha"
 
     @property
     def rank(self) -> int:

@@ -30,6 +30,7 @@ class LoKr(Unfolding):
     tell it flattened only. Raises FormatError when tensors are missing or do not chain.
     """
 
+    kind = "lokr"
     w1: Tensor | None = None
     w1_a: Tensor | None = None
     w1_b: Tensor | None = None
@@ -52,10 +53,6 @@ class LoKr(Unfolding):
     @property
     def _halves(self) -> tuple[Half, Half]:
         return Half("w1", self.w1, self.w1_a, self.w1_b), Half("w2", self.w2, self.w2_a, self.w2_b, self.t2)
-
-    @property
-    def kind(self) -> str:
-        return "lokr"
 
     @property
     def rank(self) -> int | None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from loratool.errors import FormatError
 from loratool.lazy import np
 from loratool.tensors import Tensor
-from loratool.update import Additive, Load, LowRank, Prepared, as_low_rank
+from loratool.update import Additive, Around, Load, LowRank, Prepared, as_low_rank
 
 
 @dataclass(frozen=True)
-class Padded(Additive):
+class Padded(Around, Additive):
     """W' = (W, with columns of zeros behind its own up to the shape of ``inner``) + the delta of ``inner``.
 
     Raises FormatError where ``inner`` is no matrix.
@@ -26,26 +26,6 @@ class Padded(Additive):
     def __post_init__(self) -> None:
         if len(self.inner.shape) < 2:
             raise FormatError(f"an update of shape {list(self.inner.shape)} grows no weight")
-
-    @property
-    def kind(self) -> str:
-        return self.inner.kind
-
-    @property
-    def rank(self) -> int | None:
-        return self.inner.rank
-
-    @property
-    def alpha(self) -> float | None:
-        return self.inner.alpha
-
-    @property
-    def scaling(self) -> float:
-        return self.inner.scaling
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
 
     def sized(self, shape: tuple[int, ...]) -> Additive | None:
         """The inner update where the weight has been grown already, this one where it has fewer inputs."""

@@ -25,6 +25,7 @@ class IA3(Update):
     the weight where it is known: the tensors tell one axis of it, and ``shape`` says 0 for the others.
     """
 
+    kind = "ia3"
     vector: Tensor
     on_input: bool = False
     centre: float = 0.0
@@ -46,10 +47,6 @@ class IA3(Update):
 
     def _fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) > self._axis and shape[self._axis] == self.vector.size
-
-    @property
-    def kind(self) -> str:
-        return "ia3"
 
     @property
     def shape(self) -> tuple[int, ...]:

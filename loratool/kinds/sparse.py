@@ -21,6 +21,7 @@ class Sparse(Unfolding):
     multiplies both; LyCORIS writes alpha = r). Raises FormatError for indices beyond the size.
     """
 
+    kind = "full"
     indices: Tensor
     values: Tensor
     size: Tensor
@@ -44,10 +45,6 @@ class Sparse(Unfolding):
     def _places(self) -> np.ndarray:
         """Row and column of each entry, [2,n]."""
         return _unwrapped(self.indices)
-
-    @property
-    def kind(self) -> str:
-        return "full"
 
     @property
     def told(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ class Tokens(Update):
     known yet. Raises FormatError for indices that are no rows.
     """
 
+    kind = "trainable_tokens"
     value: Tensor
     index: Tensor
     entries: int = 0
@@ -38,10 +39,6 @@ class Tokens(Update):
     def at(indices: list[int], value: Tensor) -> Tokens:
         """The rows ``value`` [n,dim] at ``indices``."""
         return Tokens(value, Tensor.of(np.array(indices, np.int64)))
-
-    @property
-    def kind(self) -> str:
-        return "trainable_tokens"
 
     @property
     def indices(self) -> list[int]:

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 from loratool.errors import FormatError, NumericError
 from loratool.tensors import Array, Tensor
-from loratool.update import Load, LowRank, Prepared, Update, cast, namespace
+from loratool.update import Around, Load, LowRank, Prepared, cast, namespace
 
 
 @dataclass(frozen=True)
-class Truncated(Update):
+class Truncated(Around):
     """W' = W - (its r smallest singular components) + scaling x up @ diag(diagonal) @ down.
 
     ``direction`` holds the pair, diagonal [r] stands between its factors. r is the pair's rank and less than W has.
     Source: huggingface/peft 0.21, `KasaLinearVariant`.
     """
 
+    kind = "kasa"
     direction: LowRank
     diagonal: Tensor
 
@@ -29,26 +30,6 @@ class Truncated(Update):
         if self.direction.rank >= min(self.direction.shape):
             raise FormatError(f"KaSA of rank {self.direction.rank} would drop all of a {list(self.shape)} weight")
 
-    @property
-    def kind(self) -> str:
-        return "kasa"
-
-    @property
-    def rank(self) -> int:
-        return self.direction.rank
-
-    @property
-    def alpha(self) -> float | None:
-        return self.direction.alpha
-
-    @property
-    def scaling(self) -> float:
-        return self.direction.scaling
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.direction.shape
-
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         up, down = self.direction.matrices(load)
         up = up * load(self.diagonal)[None, :] * self.direction.scaling
@@ -56,7 +37,7 @@ class Truncated(Update):
 
         def scan(blocks: Iterable[tuple[int, int, Array]]) -> None:
             weight = [cast(block, namespace(block).float64) for _, _, block in blocks]
-            left, right = smallest(namespace(weight[0]).concatenate(weight), self.rank)
+            left, right = smallest(namespace(weight[0]).concatenate(weight), self.direction.rank)
             dropped[:] = [cast(left, up.dtype), cast(right, up.dtype)]
 
         def delta(start: int, stop: int, base: Array | None) -> Array:

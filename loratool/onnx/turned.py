@@ -9,7 +9,7 @@ from typing import Any
 from loratool.lazy import np
 from loratool.onnx.operands import Layout
 from loratool.tensors import Array, Tensor, numpy_dtype
-from loratool.update import DoRA, Load, LowRank, Prepared, Replace, Update
+from loratool.update import Around, DoRA, Load, LowRank, Prepared, Replace, Update
 
 Block = tuple[int, int, Array]
 
@@ -72,7 +72,7 @@ def _spread(up: Tensor, rows: np.ndarray, out: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Turned(Update):
+class Turned(Around):
     """Any update, of any kind, of a weight that a tensor of ``stored_shape`` holds in ``layout``, at ``rows``.
 
     The kinds work by rows of the module's weight; here these lie across the stored rows, so the change of the whole
@@ -85,24 +85,8 @@ class Turned(Update):
     rows: tuple[int, ...] | None = None
 
     @property
-    def kind(self) -> str:
-        return self.inner.kind
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return self.stored_shape
-
-    @property
-    def rank(self) -> int | None:
-        return self.inner.rank
-
-    @property
-    def alpha(self) -> float | None:
-        return self.inner.alpha
-
-    @property
-    def scaling(self) -> float:
-        return self.inner.scaling
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         inner = self.inner.prepare(Tensor.float, strength)  # on the processor, wherever the blocks are
