@@ -210,9 +210,12 @@ class Layouts:
         return found
 
 
-def each_expert(target: str, update: Update, fits: Callable[[tuple[int, ...]], bool]) -> Iterator[Update]:
+def each_expert(
+    target: str, update: Update, fits: Callable[[tuple[int, ...]], bool], transposed: bool | None = False
+) -> Iterator[Update]:
     """Each expert's update [o,i] of a stack [E,o,i]; ``fits`` tells whether that is the shape of the base's experts.
 
+    ``transposed`` is what is known of the model that the stack is of, None where nothing is.
     Raises MatchError where the stack's orientation cannot be told, or its kind cannot be taken apart.
     """
     if isinstance(update, (Dense, Replace)) and len(update.shape) == 3:
@@ -222,7 +225,7 @@ def each_expert(target: str, update: Update, fits: Callable[[tuple[int, ...]], b
         return
     if not isinstance(update, Experts):
         raise MatchError(f"an update of kind {update.kind} of a stack of experts cannot be taken apart", target)
-    orders = [one for one in update.orders(False) if fits(one.shape[1:])]
+    orders = [one for one in update.orders(transposed) if fits(one.shape[1:])]
     if not orders:
         raise MatchError(f"shapes differ: the adapter's experts are {list(update.shape)}", target, "of another base?")
     for number in range(update.experts):

@@ -279,6 +279,7 @@ def show_comparison(found: Comparison, every: bool) -> None:
             ("modules compared", f"{len(found.modules):,}"),
             ("only in the first", _some(found.only_in_first)),
             ("only in the second", _some(found.only_in_second)),
+            ("not counted without --base", _some(found.not_counted)),
         )
     )
     ranked = sorted(found.modules, key=lambda d: -d.relative_difference)

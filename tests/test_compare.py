@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 import loratool
 from loratool.adapter import Adapter, Metadata
 from loratool.errors import MatchError
+from loratool.kinds.experts import Experts
 from loratool.ops.compare import norm, product_norm
 from loratool.tensors import Tensor
-from loratool.update import Dense, DoRA, LowRank, Sum, Update
+from loratool.update import Dense, DoRA, LowRank, Sum, Update, stack
 from tests import samples
 from tests.laws import examples
 from tests.samples import lora_file, low, magnitude, normal
@@ -217,3 +218,139 @@ def test_the_norm_of_a_product_is_exact_where_it_cancels() -> None:
     down = np.random.default_rng(1).standard_normal((4, 60))
     stacked = np.hstack((up, -up)), np.vstack((down, down * (1 + 1e-12)))
     assert product_norm(*stacked) == pytest.approx(1e-12 * np.linalg.norm(up @ down), rel=1e-2)
+
+
+# -- the same experts, one by one and in stacks ----------------------------------------------------------------
+
+
+def experts(kind: str, *, square: bool = False, rank_up: int = 2) -> tuple[Adapter, Adapter]:
+    """One adapter of three experts, one by one and stacked as a model of type ``kind`` has them."""
+    o, i = (6, 6) if square else (6, 4)
+    gates = [low(o, i, 2, seed=2 * n) for n in range(3)]
+    ups = [low(o, i, rank_up, seed=30 + 2 * n) for n in range(3)]
+    downs = [low(i, o, 2, seed=60 + 2 * n) for n in range(3)]
+    lists = {"gate_proj": gates, "up_proj": ups, "down_proj": downs}
+    alone = {f"layers.0.mlp.experts.{n}.{leaf}": many[n] for leaf, many in lists.items() for n in range(3)}
+    both = [stack([gate, up], (o, o)) for gate, up in zip(gates, ups, strict=True)]
+    if kind == "gpt_oss":  # gate and up take turns
+        order = np.arange(2 * o).reshape(2, o).T.reshape(-1)
+        both = [replace(one, up=Tensor.of(one.up.array()[order])) for one in both if isinstance(one, LowRank)]
+    stacks = {"gate_up_proj": Experts.packed([one for one in both if isinstance(one, LowRank)])}
+    stacks["down_proj"] = Experts.packed(downs)
+    if kind == "gpt_oss":
+        stacks = {leaf: update.flipped() for leaf, update in stacks.items()}
+    metadata = Metadata("test", base_config={"model_type": kind})
+    other = {f"model.layers.0.mlp.experts.{leaf}": update for leaf, update in stacks.items()}
+    return Adapter(alone, {}, metadata), Adapter(other, {}, metadata)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(("kind", "square"), [("mixtral", False), ("qwen3_moe", True), ("gpt_oss", False)])
+def test_experts_one_by_one_are_the_stack_of_them(kind: str, square: bool, back: bool) -> None:
+    """Of gate and up the factors are one above the other: rank 2 r. llm trap 5: and alpha keeps the scaling."""
+    alone, stacked = experts(kind, square=square)
+    found = loratool.compare(*((stacked, alone) if back else (alone, stacked)))
+    assert found.relative_difference < 1e-6 and len(found.modules) == 9
+    assert not found.only_in_first and not found.only_in_second
+
+
+def test_an_expert_that_differs_is_named() -> None:
+    alone, stacked = experts("mixtral")
+    name = "layers.0.mlp.experts.1.up_proj"
+    other = replace(alone, updates={**alone.updates, name: alone.updates[name].scaled(2.0)})  # type: ignore[attr-defined]
+    far = {m.module: m.relative_difference for m in loratool.compare(other, stacked).modules}
+    assert far.pop(name) == pytest.approx(0.5)
+    assert max(far.values()) < 1e-6
+
+
+def test_experts_of_a_stack_that_only_pad_it_are_none() -> None:
+    """A stack has a place for each expert; zeros in it are no update."""
+    alone, stacked = experts("mixtral")
+    name = "layers.0.mlp.experts.1.down_proj"
+    less = replace(alone, updates={n: u for n, u in alone.updates.items() if n != name})
+    downs = [low(4, 6, 2, seed=60), low(4, 6, 2).scaled(0.0), low(4, 6, 2, seed=64)]
+    padded = replace(
+        stacked, updates={**stacked.updates, "model.layers.0.mlp.experts.down_proj": Experts.packed(downs)}
+    )
+    found = loratool.compare(less, padded)
+    assert found.relative_difference < 1e-6 and not found.only_in_second
+    found = loratool.compare(less, stacked)  # there it is more than padding
+    assert found.only_in_second == ("layers.0.mlp.experts.1.down_proj",)
+
+
+def test_halves_that_nothing_tells_apart_are_refused() -> None:
+    alone, stacked = (one.with_metadata(base_config={}) for one in experts("mixtral"))
+    with pytest.raises(MatchError, match="gate and up") as caught:
+        loratool.compare(alone, stacked)
+    assert "--base" in caught.value.hint
+
+
+# -- the work it is spared -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1.0, 1e-2, 1e-5, 1e-9, 1e-13])
+def test_small_differences_are_as_exact_as_large_ones(step: float) -> None:
+    """From products of factors with themselves where that suffices, from QR where squares would cancel."""
+    one = low(40, 30, 4)
+    up, down = (one.slots[slot].array().astype(np.float64) for slot in ("up", "down"))
+    turn = np.random.default_rng(2).standard_normal(up.shape)
+    other = replace(one, up=Tensor.of(up + step * turn), down=Tensor.of(down))
+    first = replace(one, up=Tensor.of(up), down=Tensor.of(down))
+    found = loratool.compare(adapter(m=first), adapter(m=other))
+    written = np.asarray(up + step * turn) - up  # what the sum could hold of the step
+    exact = np.linalg.norm(written @ down) / np.linalg.norm(up @ down)
+    assert found.relative_difference == pytest.approx(exact, rel=1e-5)
+
+
+def test_only_what_is_nearly_the_same_is_factored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*given: Any, **options: Any) -> None:
+        raise AssertionError("QR of factors that are equal, or far apart")
+
+    monkeypatch.setattr(np.linalg, "qr", never)
+    one, other = low(40, 30, 4), low(40, 30, 4, seed=3)
+    apart, cosine = expected([(dense(one), dense(other))])
+    found = loratool.compare(adapter(m=one), adapter(m=other))
+    assert (found.relative_difference, found.cosine) == pytest.approx((apart, cosine), abs=1e-5)
+    twin = replace(one, up=Tensor.of(one.up.array().copy()))
+    same = loratool.compare(adapter(m=one), adapter(m=twin))
+    assert (same.relative_difference, same.cosine) == (0.0, pytest.approx(1.0))
+
+
+# -- whole tensors -------------------------------------------------------------------------------------------
+
+
+def test_without_the_base_whole_tensors_are_named_and_not_counted() -> None:
+    """What they change is not known: only what they are."""
+    one = replace(adapter(a=low()), carried={"head.weight": normal(2, 3), "norm.weight": normal(3)})
+    other = replace(adapter(a=low()), carried={"head.weight": normal(2, 3, seed=1), "norm.weight": normal(3)})
+    found = loratool.compare(one, other)
+    assert found.relative_difference == 0.0 and found.not_counted == ("head.weight",)
+
+
+def test_with_the_base_whole_tensors_count_as_what_they_change(tmp_path: Path) -> None:
+    base = {"a.weight": normal(7, 5), "head.weight": normal(4, 3, seed=8), "wte.weight": normal(4, 3, seed=9)}
+    folder = samples.model(tmp_path / "base", base)
+    more, fewer = normal(6, 3, seed=1), normal(2, 3, seed=2)
+    ones = {"head.weight": normal(4, 3, seed=3), "wte.weight": more, "score.weight": normal(2, 2)}
+    others = {"head.weight": normal(4, 3, seed=4), "wte.weight": fewer, "new.weight": normal(2, 2, seed=5)}
+    found = loratool.compare(
+        replace(adapter(a=low()), carried=ones), replace(adapter(a=low(seed=3)), carried=others), base=folder
+    )
+    head, table = (base[name].array().astype(np.float64) for name in ("head.weight", "wte.weight"))
+    grown = more.array() - np.vstack((table, np.zeros((2, 3))))  # rows that the base does not have are new
+    none = np.zeros((2, 2))
+    pairs = [
+        (dense(low()), dense(low(seed=3))),
+        (ones["head.weight"].array() - head, others["head.weight"].array() - head),
+        (grown, np.zeros((6, 3))),
+        (np.zeros((2, 3)), fewer.array() - table[:2]),
+        (ones["score.weight"].array(), none),
+        (none, others["new.weight"].array()),
+    ]
+    assert (found.relative_difference, found.cosine) == pytest.approx(expected(pairs), rel=1e-5)
+    assert {m.module: m.relative_difference for m in found.modules} == pytest.approx(
+        {"a": expected(pairs[:1])[0], "head.weight": expected(pairs[1:2])[0]}, rel=1e-5
+    )
+    assert found.only_in_first == ("wte.weight", "score.weight")
+    assert found.only_in_second == ("wte.weight", "new.weight")
+    assert not found.not_counted
