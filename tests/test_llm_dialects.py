@@ -19,6 +19,7 @@ import torch
 import loratool
 from loratool.adapter import Adapter, Metadata
 from loratool.errors import FormatError, LoratoolError, LossError
+from loratool.formats import by_name
 from loratool.formats import llm as shared
 from loratool.formats.base import Evidence
 from loratool.gguf import write_gguf
@@ -570,16 +571,30 @@ def test_mistral(shapes: Mapping[str, llm.Shape], more: dict[str, Any], tmp_path
 
 
 def test_mistral_s_tensors_have_one_dtype(tmp_path: Path) -> None:
-    """The one that most have; the others are rounded once."""
-    adapter = llm.adapter(
-        {name: shape for name, shape in BODY.items() if "v_proj" in name}, rank=4, alpha=8.0, dtype="BF16"
-    )
-    name = "model.layers.1.mlp.up_proj"
-    mixed = replace(adapter, updates={**adapter.updates, name: low(LLAMA[name], 4, 8.0)})
-    tensors = read_safetensors(written(mixed, tmp_path, "mistral")).tensors
+    """The one that most have; what rounding the others loses is named, and only that (CLI law 1)."""
+    shapes = {name: shape for name, shape in BODY.items() if "v_proj" in name}
+    adapter = llm.adapter(shapes, rank=4, alpha=8.0, dtype="BF16")
+    wide, same = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
+    rounded = low(LLAMA[same], 4, 8.0, dtype="BF16")
+    exact = replace(rounded, down=rounded.down.cast("F32"), up=rounded.up.cast("F32"))
+    mixed = replace(adapter, updates={**adapter.updates, wide: low(LLAMA[wide], 4, 8.0), same: exact})
+    losses = by_name("mistral").losses(mixed)
+    assert [loss.name for loss in losses] == [wide] and "rounds lora_A and lora_B to BF16" in losses[0].reason
+    by_name("mistral").write(mixed, tmp_path / "out.safetensors")
+    tensors = read_safetensors(tmp_path / "out.safetensors").tensors
     assert {tensor.dtype for tensor in tensors.values()} == {"BF16"}
     found = tensors["layers.1.feed_forward.w3.lora_A.weight"].array()
-    assert np.array_equal(found, low(LLAMA[name], 4).down.cast("BF16").array())
+    assert np.array_equal(found, low(LLAMA[wide], 4).down.cast("BF16").array())
+
+
+def test_a_scaling_that_mistral_s_dtype_cannot_hold_is_a_loss(tmp_path: Path) -> None:
+    """Its 2.0 leaves a factor of 0.15 to lora_B, which bfloat16 rounds; a power of two is said exactly."""
+    shapes = {name: shape for name, shape in BODY.items() if "v_proj" in name}
+    losses = by_name("mistral").losses(llm.adapter(shapes, rank=4, alpha=1.2, dtype="BF16"))
+    assert [loss.name for loss in losses] == list(shapes)
+    assert all("rounds lora_B to BF16" in loss.reason for loss in losses)
+    assert not by_name("mistral").losses(llm.adapter(shapes, rank=4, alpha=1.0, dtype="BF16"))
+    assert not by_name("mistral").losses(llm.adapter(shapes, rank=4, alpha=1.2))
 
 
 def foreign_mistral(folder: Path, params: Any = None) -> tuple[Path, Adapter]:

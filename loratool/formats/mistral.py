@@ -5,7 +5,8 @@ rows of wq and wk in pairs, as Meta's rotary embedding turns them. The product i
 loads the file gives (2.0 unless told otherwise); mistral-finetune notes the one it trained with in ``params.json``.
 All tensors have one dtype; the embedding and the output projection are never loaded.
 
-Written: for the usual scaling of 2.0, all others folded into lora_B; the scaling and the numbers of heads stand in
+Written: for the usual scaling of 2.0, all others folded into lora_B; in the dtype that most tensors have, and where
+that rounds others, a loss names them; the scaling and the numbers of heads stand in
 the metadata under ``loratool.mistral``. Source: mistralai/mistral-finetune, mistralai/mistral-inference 1.6.
 """
 
@@ -144,9 +145,37 @@ def _reason(name: str, update: Update) -> str | None:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """What Mistral's file cannot say. Raises FormatError where the heads of the base are unknown."""
+    return [*llm.lost(adapter, _reason), *_rounded(adapter)]
+
+
+def _rounded(adapter: Adapter) -> list[Loss]:
+    """Modules whose factors the one dtype of a file does not hold."""
+    factors = _factors(adapter)
+    dtype = _dtype(factors)
+    found = []
+    for name, pair in factors.items():
+        cut = [f"lora_{half}" for half, t in zip("AB", pair, strict=True) if not t.cast(dtype).same_values(t)]
+        if cut:
+            why = f"a file has one dtype, which rounds {' and '.join(cut)} to {dtype}"
+            found.append(Loss(adapter.spelling(name), why))
+    return found
+
+
+def _factors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """lora_A [r,i] and lora_B [o,r] of each module that can be said, for the usual scaling, rows in Mistral's order."""
+    found = {}
     for name, update in llm.said(adapter, _reason).items():
-        _order(adapter, name, update.shape[0])
-    return llm.lost(adapter, _reason)
+        low = llm.low_rank(update)
+        assert low is not None  # there was no reason not to say it
+        down, up = llm.padded(low, low.rank, USUAL)
+        order = _order(adapter, name, up.shape[0])
+        found[name] = down, up if order is None else llm.taken(up, order)
+    return found
+
+
+def _dtype(factors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    """What most tensors are stored as: mistral-inference wants all of them alike, and as its model is."""
+    return str(llm.commonest((tensor.dtype for pair in factors.values() for tensor in pair), "F32"))
 
 
 def _order(adapter: Adapter, name: str, rows: int) -> np.ndarray | None:
@@ -162,18 +191,13 @@ def _order(adapter: Adapter, name: str, rows: int) -> np.ndarray | None:
 
 def write(adapter: Adapter, path: Path) -> None:
     """Write a file that mistral-inference loads with its usual scaling."""
-    updates = llm.said(adapter, _reason)
-    tensors: dict[str, Tensor] = {}
-    for name, update in updates.items():
-        low = llm.low_rank(update)
-        assert low is not None  # losses() said so
-        down, up = llm.padded(low, low.rank, USUAL)
-        order = _order(adapter, name, up.shape[0])
-        module = f"{NAMES.there(name)}"
-        tensors[LAYOUT.key(module, "down")] = down
-        tensors[LAYOUT.key(module, "up")] = up if order is None else llm.taken(up, order)
-    dtype = llm.commonest((tensor.dtype for tensor in tensors.values()), "F32")
-    tensors = {key: tensor.cast(dtype) for key, tensor in tensors.items()}
+    factors = _factors(adapter)
+    dtype = _dtype(factors)
+    tensors = {
+        LAYOUT.key(f"{NAMES.there(name)}", slot): tensor.cast(dtype)
+        for name, pair in factors.items()
+        for slot, tensor in zip(("down", "up"), pair, strict=True)
+    }
     heads = llm.heads_of(llm.base_config(adapter))
     note = {"lora": {"scaling": USUAL}, **({"n_heads": heads.queries, "n_kv_heads": heads.keys} if heads else {})}
     strings = kept(adapter.metadata.strings, tensors) | {NOTE: json.dumps(note)}
