@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from loratool.errors import FormatError, MatchError, NumericError
 from loratool.lazy import np
@@ -189,8 +189,37 @@ class Additive(Update):
         return Sum((self, other))
 
 
+class ByAlpha(Update):
+    """An update scaled by alpha / r, alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023), 1 without alpha."""
+
+    rank_stabilised = False
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """r."""
+
+    @property
+    def scaling(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self._unit
+
+    @property
+    def _unit(self) -> float:
+        """The alpha whose scaling is 1."""
+        return math.sqrt(self.rank) if self.rank_stabilised else self.rank
+
+    @property
+    def explicit_alpha(self) -> float:
+        """alpha, or where none is stored the one that says the same."""
+        return self._unit if self.alpha is None else self.alpha
+
+    def scaled(self, by: float) -> Self:
+        """The update whose change is ``by`` times this one's."""
+        return replace(self, alpha=self.explicit_alpha * by)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class LowRank(Additive):
+class LowRank(ByAlpha, Additive):
     """LoRA: delta = scaling x up @ down (Hu et al. 2021), convolutions and Tucker cores included.
 
     down [r,i,*k] (or [r,i,*1] below a mid), up [o,r] (or [o,r,*1]), mid [r,r,*k] or None. ``alpha`` is kept as
@@ -222,21 +251,6 @@ class LowRank(Additive):
         return self.down.shape[0]
 
     @property
-    def scaling(self) -> float:
-        """alpha / r, alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023), 1 without alpha."""
-        return 1.0 if self.alpha is None else self.alpha / self._unit
-
-    @property
-    def _unit(self) -> float:
-        """The alpha whose scaling is 1."""
-        return math.sqrt(self.rank) if self.rank_stabilised else self.rank
-
-    @property
-    def explicit_alpha(self) -> float:
-        """alpha, or where none is stored the one that says the same."""
-        return self._unit if self.alpha is None else self.alpha
-
-    @property
     def shape(self) -> tuple[int, ...]:
         kernel = (self.mid or self.down).shape[2:]
         out, inner = self.up.shape[0], self.down.shape[1]
@@ -260,9 +274,6 @@ class LowRank(Additive):
         up, down = self.matrices(load)
         up = up * (self.scaling * strength)
         return Prepared(lambda start, stop, base: up[start:stop] @ down, factors=(up, down))
-
-    def scaled(self, by: float) -> LowRank:
-        return replace(self, alpha=self.explicit_alpha * by)
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         up, down = self.matrices(Tensor.float)

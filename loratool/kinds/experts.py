@@ -6,7 +6,6 @@ huggingface/peft 0.21, `ParamWrapper`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,7 +13,7 @@ from typing import Literal
 from loratool.errors import FormatError, MatchError
 from loratool.lazy import np
 from loratool.tensors import Array, Tensor
-from loratool.update import Additive, Load, LowRank, Prepared, alike
+from loratool.update import Additive, ByAlpha, Load, LowRank, Prepared, alike
 
 Order = Literal["plain", "transposed", "model", "shape"]
 """How the base stores an expert: [o,i]; [i,o]; or not known yet, and then what decides where its shape cannot: what is
@@ -22,7 +21,7 @@ known of the model, or nothing."""
 
 
 @dataclass(frozen=True)
-class Experts(Additive):
+class Experts(ByAlpha, Additive):
     """One LoRA for each expert of a stack [E,o,i] or [E,i,o]: delta[e] = scaling x up_e @ down_e, or its transpose.
 
     down [E*r,i], expert e in rows e*r to (e+1)*r; up [o,r*E], expert e in columns e, e+E, e+2E, ... Raises FormatError
@@ -104,20 +103,6 @@ class Experts(Additive):
         return self.down.shape[0] // self.experts
 
     @property
-    def scaling(self) -> float:
-        """As of a LoRA of one expert's rank."""
-        return 1.0 if self.alpha is None else self.alpha / self._unit
-
-    @property
-    def _unit(self) -> float:
-        return math.sqrt(self.rank) if self.rank_stabilised else self.rank
-
-    @property
-    def explicit_alpha(self) -> float:
-        """alpha, or where none is stored the one that says the same."""
-        return self._unit if self.alpha is None else self.alpha
-
-    @property
     def shape(self) -> tuple[int, ...]:
         pair = (self.up.shape[0], self.down.shape[1])
         return (self.experts, *(pair[::-1] if self.order == "transposed" else pair))
@@ -133,9 +118,6 @@ class Experts(Additive):
             return value.reshape(stop - start, -1)
 
         return Prepared(delta)
-
-    def scaled(self, by: float) -> Experts:
-        return replace(self, alpha=self.explicit_alpha * by)
 
     def orders(self, transposed: bool | None) -> list[Experts]:
         """The orientations to try on a base; its shape decides, but for a square expert.

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from loratool.errors import FormatError
 from loratool.kinds.joined import joined
 from loratool.tensors import Array, Tensor
-from loratool.update import Load, Prepared, Update, alike, namespace, trimmed
+from loratool.update import ByAlpha, Load, Prepared, Update, alike, namespace, trimmed
 
 
 @dataclass(frozen=True)
-class GLoRA(Update):
+class GLoRA(ByAlpha):
     """GLoRA: W' = W + scaling x (b1 @ b2 + (W @ a1) @ a2), a convolution's kernel apart.
 
     a1 [i,r], a2 [r,i], b1 [o,r], b2 [r,i,*k]. The layout of 2023 has the roles transposed, a1 [r,i], a2 [i,r], b1
@@ -55,12 +55,6 @@ class GLoRA(Update):
     @property
     def rank(self) -> int:
         return self._ordered[2].shape[1]
-
-    @property
-    def scaling(self) -> float:
-        """alpha / r, alpha / sqrt(r) when rank-stabilised, 1 without alpha."""
-        unit = math.sqrt(self.rank) if self.rank_stabilised else self.rank
-        return 1.0 if self.alpha is None else self.alpha / unit
 
     @property
     def shape(self) -> tuple[int, ...]:

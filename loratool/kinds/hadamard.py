@@ -14,11 +14,11 @@ from loratool.kinds.halves import Half, Unfolding, by_rows, products, wide, zero
 from loratool.kinds.joined import joined
 from loratool.lazy import np
 from loratool.tensors import Array, Tensor
-from loratool.update import Load, LowRank, Prepared, Update, alike
+from loratool.update import ByAlpha, Load, LowRank, Prepared, Update, alike
 
 
 @dataclass(frozen=True)
-class LoHa(Unfolding):
+class LoHa(ByAlpha, Unfolding):
     """LoHa: delta = scaling x (w1_a @ w1_b) * (w2_a @ w2_b), applied once (diffusion trap 2).
 
     w*_a [o,r], w*_b [r,i*k]; around the cores t1 and t2 [r,r,*k], both or none, w*_a is [r,o] and w*_b [r,i].
@@ -57,16 +57,6 @@ class LoHa(Unfolding):
         return self.w1_b.shape[0]
 
     @property
-    def scaling(self) -> float:
-        """alpha / r, 1 without alpha."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def explicit_alpha(self) -> float:
-        """alpha, or where none is stored the one that says the same."""
-        return float(self.rank) if self.alpha is None else self.alpha
-
-    @property
     def told(self) -> tuple[int, ...]:
         return self._halves[0].shape
 
@@ -78,9 +68,6 @@ class LoHa(Unfolding):
             return (left[start:stop] @ right) * (other_left[start:stop] @ other_right)
 
         return Prepared(delta)
-
-    def scaled(self, by: float) -> LoHa:
-        return replace(self, alpha=self.explicit_alpha * by)
 
     def part(self, start: int, stop: int) -> LoHa:
         def cut(a: Tensor) -> Tensor:
