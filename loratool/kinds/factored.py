@@ -19,8 +19,23 @@ from loratool.tensors import Tensor
 from loratool.update import LowRank
 
 
+class Pair(Factored):
+    """A delta of factors that are stored whole, down [r,i] and up [o,r], beside what scales them."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        return (self.up.shape[0], self.down.shape[1])
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
 @dataclass(frozen=True, kw_only=True)
-class AdaLora(Factored):
+class AdaLora(Pair):
     """AdaLoRA: delta = alpha / (init_r + 1e-5) x up @ (singular * down).
 
     down [r,i*k], up [o,r], singular [r,1]. The divisor is the rank at the start, whatever ranks survived.
@@ -40,14 +55,6 @@ class AdaLora(Factored):
         chained(rank=(("lora_A", self.down, 0), ("lora_B", self.up, 1), ("lora_E", self.singular, 0)))
         if self.singular.shape[1] != 1 or self.init_r < 1 or 0 in self.known:
             raise FormatError(f"lora_E of shape {list(self.singular.shape)}, init_r {self.init_r}")
-
-    @property
-    def known(self) -> tuple[int, ...]:
-        return (self.up.shape[0], self.down.shape[1])
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
 
     @property
     def scaling(self) -> float:
@@ -116,7 +123,7 @@ class Pvera(Vera):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Delora(Factored):
+class Delora(Pair):
     """DeLoRA: delta = up @ diag(strength / (r |down_n| |up_n|)) @ down * norm: factors of length one, and a strength.
 
     down [r,i], up [o,r], strength [1], norm [i] of the base's columns as they were when the training began. Lengths
@@ -135,14 +142,6 @@ class Delora(Factored):
         chained(width=(("delora_A", self.down, 1), ("delora_w_norm", self.norm, 0)))
         if self.strength.size != 1 or len(self.norm.shape) != 1:
             raise FormatError(f"delora_lambda {list(self.strength.shape)}, delora_w_norm {list(self.norm.shape)}")
-
-    @property
-    def known(self) -> tuple[int, ...]:
-        return (self.up.shape[0], self.down.shape[1])
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
 
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
         up, down = double(self.up), double(self.down)
@@ -185,9 +184,8 @@ class Mixtures(Factored):
         return self.logits_down.shape[0]
 
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
-        bank = double(self.bank)
-        up, down = (mixed(*likeliest(double(logits), self.topk), bank) for logits in (self.logits_up, self.logits_down))
-        return up.swapaxes(1, 2).reshape(-1, self.rank), down.reshape(self.rank, -1)
+        up, down = (likeliest(double(logits), self.topk) for logits in (self.logits_up, self.logits_down))
+        return mixed(self.bank, up, down)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,13 +222,9 @@ class ChosenMixtures(Factored):
         return self.index_down.shape[0]
 
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
-        up, down = (self._half(*half) for half in ((self.index_up, self.share_up), (self.index_down, self.share_down)))
-        return up.swapaxes(1, 2).reshape(-1, self.rank), down.reshape(self.rank, -1)
-
-    def _half(self, index: Tensor, share: Tensor) -> np.ndarray:
-        bank, shares = double(self.bank), double(share)
-        rest = 1 - shares.sum(-1, keepdims=True)
-        return mixed(np.concatenate([shares, rest], -1), entries(index, len(bank)), bank)
+        halves = ((self.index_up, self.share_up), (self.index_down, self.share_down))
+        up, down = ((completed(share), entries(index, self.bank.rows)) for index, share in halves)
+        return mixed(self.bank, up, down)
 
 
 def likeliest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -241,9 +235,20 @@ def likeliest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return weights / weights.sum(-1, keepdims=True), index
 
 
-def mixed(shares: np.ndarray, index: np.ndarray, bank: np.ndarray) -> np.ndarray:
-    """Mixtures [..,v] of the vectors ``index`` [..,k] of a bank [n,v]."""
-    return np.asarray(np.einsum("...k,...kv->...v", shares, bank[index]))
+def completed(share: Tensor) -> np.ndarray:
+    """Shares [..,k] of which all but the last are stored: together they are 1."""
+    shares = double(share)
+    return np.concatenate([shares, 1 - shares.sum(-1, keepdims=True)], -1)
+
+
+def mixed(bank: Tensor, *halves: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """up [o,r] and down [r,i], made of mixtures of the vectors of a bank [n,v].
+
+    The ``halves`` are shares and indices, [o/v,r,k] of up and [r,i/v,k] of down.
+    """
+    vectors = double(bank)
+    up, down = (np.einsum("...k,...kv->...v", shares, vectors[index]) for shares, index in halves)
+    return up.swapaxes(1, 2).reshape(-1, len(down)), down.reshape(len(down), -1)
 
 
 def entries(tensor: Tensor, limit: int) -> np.ndarray:
@@ -447,7 +452,7 @@ class Unilora(Factored):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tinylora(Factored):
+class Tinylora(Pair):
     """TinyLoRA: delta = up @ (sum_n theta[n] projection[n]) @ down, factors frozen from the base's own SVD.
 
     down [r,i], up [o,r], projection [u,r,r], thetas the [u] of each group of modules. Which group a module is of, only
@@ -472,14 +477,6 @@ class Tinylora(Factored):
             raise FormatError(f"factors, projection and vector of shapes {found} do not chain")
         if not 0 <= self.tying <= 1 or not 0 < len(self.thetas) <= self.modules <= 1 << 20:
             raise FormatError(f"{len(self.thetas)} vectors for {self.modules} modules, weight_tying {self.tying}")
-
-    @property
-    def known(self) -> tuple[int, ...]:
-        return (self.up.shape[0], self.down.shape[1])
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
 
     def theta(self) -> np.ndarray:
         """The vector of the module's group. Raises FormatError where no number gives its projection."""
