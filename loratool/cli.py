@@ -7,6 +7,7 @@ import functools
 import json as jsonlib
 import math
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -53,6 +54,8 @@ def _common(command: Command) -> Command:
 
     def keep(context: click.Context, parameter: click.Parameter, value: bool) -> None:
         setattr(_state, str(parameter.name), value or getattr(_state, str(parameter.name)))
+        if _state.quiet:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     for names, help in (
         (("--debug",), "Show tracebacks."),
@@ -85,7 +88,18 @@ _adapter = click.argument("adapter")
 _adapters = click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 _base = click.argument("base")
 _base_option = click.option("--base", metavar="BASE", help="The base model: a folder or a checkpoint file.")
-_out = click.option("--out", "-o", metavar="OUT", required=True, help="Where to write; must not exist yet.")
+
+
+def _no_stream(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """OUT, which is written at many places at once and so can be no pipe."""
+    if value == "-":
+        raise click.UsageError("OUT cannot be stdout: give a path (./- is a file of that name)", context)
+    return value
+
+
+_out = click.option(
+    "--out", "-o", metavar="OUT", required=True, callback=_no_stream, help="Where to write; must not exist yet."
+)
 _strength = click.option(
     "--strength",
     "-s",
@@ -696,9 +710,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _interrupted)
         sys.unraisablehook = _unraisable
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the caller; else the next file opened takes its number
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     with suppress(AttributeError):  # a name that UTF-8 cannot say is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        if "" in argv:
+            raise UsageError("an empty argument", f"loratool {shlex.join(argv)}", "a variable that is not set?")
         with warnings.catch_warnings(), app.make_context("loratool", list(argv)) as context:
             if not sys.warnoptions:  # what numpy and torch would warn of, the errors below say
                 warnings.simplefilter("ignore")

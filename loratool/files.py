@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import FormatError, LoratoolError
+from loratool.hub import looks_hosted, snapshot
 
 CHUNK = 4 << 20  # bytes read at a time where a whole file is walked
+_SPACE = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EFBIG: "see ulimit -f"}
 _OLD = ".old"  # ends the name under which an output that is being replaced waits
 
 _MAGIC = (
@@ -54,7 +57,10 @@ class FileBytes:
             fd = self._fd
         done = 0
         while done < len(buffer):
-            count = os.preadv(fd, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise LoratoolError(f"cannot read: {os.strerror(error.errno or 0)}", self.path) from None
             if count == 0:
                 raise FormatError("file ends early", self.path, "fetch or copy it again")
             done += count
@@ -81,19 +87,14 @@ def reject_foreign(head: bytes, path: Path) -> None:
 
 
 def existing(path: str | os.PathLike[str], what: str = "input") -> Path:
-    """``path`` if it exists. Raises LoratoolError, with a word on hub references, when it does not."""
-    found = Path(path)
+    """``path`` if it exists; of a model or an adapter also the folder of a hub reference. Else LoratoolError."""
+    found, text = Path(path), os.fspath(path)
     if found.exists():
-        return found
+        return _plain(found)
     if found.is_symlink():
         raise LoratoolError(f"{what} is a broken link", found)
-    text = os.fspath(path)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not found.parent.exists():
-        raise LoratoolError(
-            f"no such {what}",
-            text,
-            "this looks like a hub reference, which is not fetched yet: download it and give the local path",
-        )
+    if what in ("model", "adapter") and looks_hosted(text):
+        return snapshot(text, what)
     raise LoratoolError(f"no such {what}", text)
 
 
@@ -113,7 +114,18 @@ def walk(folder: Path, allow_links: bool = False) -> Iterator[Path]:
                 if path.is_dir():
                     raise FormatError("a linked folder inside a model folder is not followed", path)
             if not path.is_dir():
-                yield path.relative_to(folder)
+                yield _plain(path).relative_to(folder)
+
+
+def _plain(path: Path) -> Path:
+    """The path itself. Raises FormatError for a pipe or a device: opening one may wait forever."""
+    if _special(path):
+        raise FormatError("neither a file nor a folder", path, "write it to a file first: files are read at offsets")
+    return path
+
+
+def _special(path: Path) -> bool:
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def check_link(path: Path, folder: Path) -> None:
@@ -150,6 +162,8 @@ def prepare_output(out: str | os.PathLike[str], overwrite: bool, inputs: Mapping
             raise LoratoolError(f"the output would overwrite {what}", path, "choose another output path")
         if there.is_dir() and there in here.parents:
             raise LoratoolError(f"the output would lie inside {what}", path, "choose another output path")
+    if _special(path):
+        raise LoratoolError("the output is neither a file nor a folder", path, "give another path")
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise LoratoolError("output exists", path, "give another path, or --overwrite to replace it")
     if not os.access(parent, os.W_OK):
@@ -174,8 +188,9 @@ def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
     _sweep(out)
     temporary = out.with_name(f".{out.name}.loratool-{_host()}-{os.getpid()}-{threading.get_ident():x}")
     try:
-        yield temporary
-        _flush(temporary)
+        with _named(out, temporary):
+            yield temporary
+            _flush(temporary)
         if (out.exists() or out.is_symlink()) and not overwrite:
             raise LoratoolError("output exists", out, "it appeared while this ran; give another path")
         _replace(temporary, out)
@@ -194,8 +209,9 @@ def staged_beside(out: Path, overwrite: bool = False) -> Iterator[Path]:
     temporary = out.with_name(f".{out.name}.loratool-{_host()}-{os.getpid()}-{threading.get_ident():x}")
     temporary.mkdir()
     try:
-        yield temporary
-        _flush(temporary)
+        with _named(out.parent, temporary):
+            yield temporary
+            _flush(temporary)
         places = {path: out.with_name(path.name) for path in sorted(temporary.iterdir()) if path.name != out.name}
         for place in (out, *places.values()):
             if (place.exists() or place.is_symlink()) and not overwrite:
@@ -207,6 +223,30 @@ def staged_beside(out: Path, overwrite: bool = False) -> Iterator[Path]:
         _replace(temporary / out.name, out)
     finally:
         remove(temporary)
+
+
+@contextmanager
+def _named(out: Path, temporary: Path) -> Iterator[None]:
+    """What goes wrong with a temporary is told of where it would go: the user never heard of the other name."""
+    try:
+        yield
+    except LoratoolError as error:
+        if str(temporary) not in error.where:
+            raise
+        where = error.where.replace(str(temporary), str(out))
+        raise type(error)(error.what, where, error.hint, error.items) from None
+    except OSError as error:  # without a name: of a file that is open
+        name = error.filename2 or error.filename or temporary  # of a copy, the second is written
+        if not error.errno or str(temporary) not in str(name):
+            raise
+        where = str(name).replace(str(temporary), str(out))
+        raise cannot_write(error, where) from None
+
+
+def cannot_write(error: OSError, where: object) -> LoratoolError:
+    """What the system says of a write, and what to do about it."""
+    number = error.errno or 0
+    return LoratoolError(f"cannot write: {os.strerror(number)}", where, _SPACE.get(number, ""))
 
 
 def remove(path: Path) -> None:
@@ -245,7 +285,7 @@ def _flush(path: Path) -> None:
         try:
             os.fsync(fd)
         except OSError as error:  # where space is taken late, a full disk shows here
-            raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", path) from None
+            raise cannot_write(error, path) from None
         finally:
             os.close(fd)
 

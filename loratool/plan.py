@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loratool.devices import Device, Worker, one_blas_thread
-from loratool.errors import LoratoolError, NumericError
+from loratool.errors import NumericError
+from loratool.files import cannot_write
 from loratool.lazy import np
 from loratool.scaled import LARGEST, Scaled
 from loratool.tensors import (
@@ -442,6 +443,7 @@ class Writer:
     """Writes the blocks of output files into a folder at known offsets; headers come last."""
 
     def __init__(self, folder: Path, outputs: Sequence[OutputFile], heads: Mapping[str, int]) -> None:
+        self._folder = folder
         self._offsets: dict[tuple[str, str], int] = {}
         self._fds: dict[str, int] = {}
         try:
@@ -474,7 +476,7 @@ class Writer:
             try:
                 count = os.pwrite(self._fds[name], view, offset)
             except OSError as error:
-                raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", name) from None
+                raise cannot_write(error, self._folder / name) from None
             view, offset = view[count:], offset + count
 
     def close(self) -> None:

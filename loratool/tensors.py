@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from loratool.errors import FormatError, LoratoolError
-from loratool.files import CHUNK, FileBytes, reject_foreign
+from loratool.files import CHUNK, FileBytes, cannot_write, reject_foreign
 from loratool.lazy import np
 
 CONTENT_HASH = "loratool.content_hash"  # metadata: set by `write_safetensors`
@@ -425,7 +424,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
                 write_data(file, tensor)
             return file.tell()
     except OSError as error:
-        raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", path) from None
+        raise cannot_write(error, path) from None
 
 
 def write_data(file: BinaryIO, tensor: Tensor) -> None:

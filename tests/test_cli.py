@@ -59,6 +59,8 @@ Run = Callable[..., Result]
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """`run("inspect", path)`: the command line in this process. Mistakes of loratool itself fail the test."""
     monkeypatch.setenv("LORATOOL_CACHE", "off")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
     before = signal.getsignal(signal.SIGTERM)
 
     def call(*words: Any) -> Result:
@@ -219,6 +221,8 @@ def test_no_command_is_a_usage_error_that_helps(capsys: pytest.CaptureFixture[st
         ("convert A -o OUT --to raw --from bogus", "bogus"),
         ("convert A -o OUT --to raw --dtype int8", "int8"),
         ("compare A", "SECOND"),
+        ("convert A -o - --to raw", "stdout"),
+        ("merge BASE A -o -", "stdout"),
     ],
 )
 def test_usage_errors(words: str, what: str, run: Run, llama: Path, peft: Path, raw: Path, tmp_path: Path) -> None:
@@ -228,6 +232,15 @@ def test_usage_errors(words: str, what: str, run: Run, llama: Path, peft: Path, 
     assert what.lower() in found.err.lower()
     assert "\nhint: " in found.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", ["inspect EMPTY", "merge EMPTY A -o OUT", "merge BASE A EMPTY -o OUT"])
+def test_an_empty_argument_is_told_not_taken_for_this_folder(words: str, run: Run, llama: Path, peft: Path) -> None:
+    paths = {"BASE": llama, "A": peft, "EMPTY": ""}
+    found = run(*(paths.get(word, word) for word in words.split()))
+    assert (found.code, found.out) == (2, "")
+    assert found.err.startswith("error: an empty argument, loratool ")
+    assert "''" in found.err
 
 
 def test_an_unknown_format_names_the_known(run: Run, peft: Path, tmp_path: Path) -> None:
@@ -1198,6 +1211,7 @@ def spawn(*words: Any, script: str = "", **options: Any) -> subprocess.Popen[str
     return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], **options)
 
 
+HERE = os.environ | {"PYTHONPATH": str(ROOT), "LORATOOL_CACHE": "off"}
 HEAVY = ("torch", "numpy", "typer", "pydantic", "rich", "regex", "loratool.ops.merge", "loratool.plan")
 TELL = f"import atexit; atexit.register(lambda: print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr))"
 
@@ -1290,6 +1304,39 @@ def test_a_signal_that_falls_into_a_finaliser_is_not_lost(llama: Path, peft: Pat
     process = spawn("merge", llama, peft, "-o", tmp_path / "out", script=FINALISER)
     _, err = process.communicate()
     assert (process.returncode, err) == (130, "interrupted: nothing was written\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+@pytest.mark.parametrize("words", ["inspect {} --tensors", "merge {base} {} -o out", "inspect not-here"])
+def test_a_closed_stream_is_no_mistake(closed: str, words: str, llama: Path, peft: Path, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m loratool {words.format(peft, base=llama)} {closed}"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == (1 if "not-here" in words else 0), done.stderr
+    assert "mistake" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and RLIMIT_FSIZE as Linux has them")
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ("merge {base} {peft} -o out", "out/model.safetensors.index.json"),
+        ("convert {kohya} -o out --to raw", "out"),
+        ("convert {kohya} -o out --to peft", "out/adapter_model.safetensors"),
+        ("add {kohya} {kohya} -o out", "out"),
+    ],
+)
+def test_a_full_disk_names_the_output_and_leaves_nothing(
+    words: str, where: str, llama: Path, peft: Path, kohya: Path, tmp_path: Path
+) -> None:
+    """The temporary's own name, which nobody asked for, is not told."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
+    process = spawn(*words.format(base=llama, peft=peft, kohya=kohya).split(), script=limit, cwd=tmp_path, env=HERE)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (1, "")
+    assert err.splitlines() == [f"error: cannot write: File too large, {where}", "hint: see ulimit -f"]
     assert not list(tmp_path.iterdir())
 
 

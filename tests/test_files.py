@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -55,6 +56,31 @@ def test_a_failure_leaves_nothing(kind: str, error: type[BaseException], tmp_pat
         MAKERS[kind](temporary, "half")
         raise error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_an_error_of_writing_names_the_output(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    where = out / "inner/a" if kind == "folder" else out
+
+    def inner(temporary: Path) -> Path:
+        MAKERS[kind](temporary, "half")
+        return temporary / "inner/a" if kind == "folder" else temporary
+
+    for error, told in (
+        (lambda path: OSError(28, "No space left on device", str(path)), where),
+        (lambda path: OSError(28, "No space left on device"), out),
+        (lambda path: files.cannot_write(OSError(28, ""), path), where),
+    ):
+        with pytest.raises(LoratoolError) as caught, files.staged(out) as temporary:
+            raise error(inner(temporary))
+        assert str(caught.value) == f"cannot write: No space left on device, {told}"
+        assert caught.value.hint == "free some space"
+    with pytest.raises(OSError, match="input"), files.staged(out) as temporary:
+        raise OSError(5, "Input/output error", "input")
+    with pytest.raises(LoratoolError) as caught, files.staged_beside(out) as folder:
+        raise OSError(27, "", str(folder / "data"))
+    assert caught.value.where == str(tmp_path / "data")
 
 
 @pytest.mark.parametrize("old", MAKERS)
@@ -234,9 +260,9 @@ def test_too_little_space_is_noticed_before(tmp_path: Path) -> None:
     [("org/name", True), ("org/name@main", True), ("name", False), ("./o/n", False), ("a/b/c", False), ("/o/n", False)],
 )
 def test_what_looks_like_a_hub_reference_is_named(
-    path: str, hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: str, hub: bool, offline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(offline)
     with pytest.raises(LoratoolError, match="no such model") as caught:
         files.existing(path, "model")
     assert ("hub reference" in caught.value.hint) is hub
@@ -250,6 +276,107 @@ def test_a_local_path_wins_over_a_hub_reference(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(LoratoolError) as caught:
         files.existing("org/other")
     assert not caught.value.hint  # org is here, so a path was meant
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, empty, and no network."""
+    for name in ("HF_HOME", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def cached(cache: Path, commit: str, revision: str = "") -> Path:
+    """A snapshot of org/name in a hub cache, as huggingface_hub lays it out."""
+    repository = cache / "models--org--name"
+    folder = repository / "snapshots" / commit
+    for path in (folder, repository / "blobs", (repository / "refs" / revision).parent):
+        path.mkdir(parents=True, exist_ok=True)
+    (repository / "blobs/aa").write_text(commit)
+    (folder / "config.json").symlink_to("../../blobs/aa")
+    if revision:
+        (repository / "refs" / revision).write_text(commit)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"])
+def test_a_hub_reference_is_found_in_the_cache(where: str, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(offline)
+    for name in ("HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(where, str(offline))
+    below = {"HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub", "HOME": ".cache/huggingface/hub"}
+    cache = offline / below.get(where, ".")
+    main, other = cached(cache, "c0ffee", "main"), cached(cache, "beef", "refs/pr/1")
+    assert files.existing("org/name", "model") == main
+    assert files.existing("org/name@main", "adapter") == main
+    assert files.existing("org/name@c0ffee", "model") == main
+    assert files.existing("org/name@refs/pr/1", "model") == other
+    assert files.inside(main, "config.json").read_text() == "beef"  # both link to one blob
+    for missing in ("org/name@v2", "org/other", "org/name@../x", "org/name@..", "../name", "org/name/x"):
+        with pytest.raises(LoratoolError, match="no such model") as caught:
+            files.existing(missing, "model")
+        assert caught.value.exit_code == 1
+    with pytest.raises(LoratoolError, match="no such map"):
+        files.existing("org/name", "map")
+
+
+@pytest.mark.peer
+def test_the_hubs_own_library_finds_the_same(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import snapshot_download
+
+    monkeypatch.chdir(offline)
+    one, other = "c0ffee" * 6 + "beef", "beef" * 10
+    cached(offline, one, "main")
+    cached(offline, other, "v1")
+    for reference, revision in (("org/name", None), ("org/name@v1", "v1"), (f"org/name@{other}", other)):
+        found = snapshot_download("org/name", revision=revision, cache_dir=offline, local_files_only=True)
+        assert files.existing(reference, "model") == Path(found)
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_a_hub_reference_is_fetched_unless_that_is_forbidden(
+    library: bool, offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def fetch(repo: str, *, revision: str, cache_dir: Path) -> str:
+        asked.append((repo, revision, cache_dir))
+        if repo == "org/secret":
+            raise ValueError("401\nno access")
+        return str(cached(offline, "c0ffee", revision))
+
+    known = type("Hub", (), {"snapshot_download": staticmethod(fetch)}) if library else None
+    monkeypatch.setitem(sys.modules, "huggingface_hub", known)
+    monkeypatch.chdir(offline)
+    with pytest.raises(LoratoolError, match="no such model, org/name") as caught:
+        files.existing("org/name", "model")
+    assert "HF_HUB_OFFLINE" in caught.value.hint
+    assert not asked
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    if library:
+        assert files.existing("org/name@v1", "model").name == "c0ffee"
+        assert asked == [("org/name", "v1", offline)]
+        with pytest.raises(LoratoolError, match="no such model, org/secret") as caught:
+            files.existing("org/secret", "model")
+        assert "401 no access" in caught.value.hint
+        return
+    with pytest.raises(LoratoolError, match="no such model, org/name") as caught:
+        files.existing("org/name", "model")
+    assert "pip install 'loratool[hub]'" in caught.value.hint
+    main = cached(offline, "c0ffee", "main")
+    assert files.existing("org/name", "model") == main
+
+
+def test_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for look in (lambda: files.existing(tmp_path / "pipe"), lambda: list(files.walk(tmp_path))):
+        with pytest.raises(FormatError, match="neither a file nor a folder"):
+            look()
+    with pytest.raises(LoratoolError, match="the output is neither"):
+        files.prepare_output(tmp_path / "pipe", overwrite=True)
 
 
 def test_a_broken_link_is_called_so(tmp_path: Path) -> None:
@@ -324,6 +451,11 @@ def test_a_hub_cache_may_link_to_its_own_blobs(component: str, tmp_path: Path) -
 
 
 # ---------------------------------------------------------------- reading
+
+
+def test_an_error_of_reading_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(LoratoolError, match=re.escape(f"cannot read: Is a directory, {tmp_path}")):
+        files.FileBytes(tmp_path).read(0, 1)
 
 
 def test_a_file_that_ends_early_is_refused(tmp_path: Path) -> None:

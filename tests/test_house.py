@@ -19,6 +19,7 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 # from the ground up; a file imports from the floors below its own
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "lazy", "__init__"),
+    ("hub",),
     ("files",),
     ("tensors", "hashes"),
     ("update", "pickles", "gguf", "npz", "architectures/*"),

@@ -12,14 +12,13 @@ flatbuffers specification ("internals").
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.errors import FormatError, LoratoolError
-from loratool.files import CHUNK, FileBytes
+from loratool.files import CHUNK, FileBytes, cannot_write
 from loratool.lazy import np
 from loratool.onnx.graph import NUMBERS, TYPES
 from loratool.tensors import Region, SafetensorsFile, Tensor, byte_count
@@ -87,7 +86,7 @@ def write_container(path: Path, held: Container) -> int:
                 _write_values(file, tensor)
             return file.tell()
     except OSError as error:
-        raise LoratoolError(f"cannot write: {os.strerror(error.errno or 0)}", path) from None
+        raise cannot_write(error, path) from None
 
 
 def _layout(names: list[str], held: Container) -> tuple[list[_Place], int]:

@@ -122,4 +122,5 @@ def require(report: VerifyReport) -> None:
     """Raise VerifyError, naming the first failures, unless the proof holds."""
     if not report.ok:
         some = "; ".join(f"{f.module}: {f.why}" for f in report.failures[:3])
-        raise VerifyError(f"{len(report.failures)} tensors are not what the merge gives", some)
+        count = "1 tensor is" if len(report.failures) == 1 else f"{len(report.failures):,} tensors are"
+        raise VerifyError(f"{count} not what the merge gives", some)
