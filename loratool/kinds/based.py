@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from loratool.errors import FormatError
-from loratool.kinds.factored import entries
 from loratool.kinds.truncated import smallest
-from loratool.kinds.tuner import Tuner, axes, chained, double
+from loratool.kinds.tuner import Tuner, axes, chained, double, entries
 from loratool.lazy import np
 from loratool.tensors import Array, Tensor
 from loratool.update import Around, Dense, Layer, Load, LowRank, Prepared, Replace, alike, cast, namespace

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from loratool.errors import FormatError
-from loratool.kinds.factored import entries, torch_of
-from loratool.kinds.tuner import Composed, axes, chained, double
+from loratool.kinds.tuner import Composed, axes, chained, double, entries, torch_of
 from loratool.kinds.wavelets import Synthesis, order, synthesis
 from loratool.lazy import np
 from loratool.tensors import Tensor

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from loratool.errors import FormatError, LoratoolError
-from loratool.kinds.tuner import Factored, axes, chained, double
+from loratool.errors import FormatError
+from loratool.kinds.tuner import Factored, axes, chained, double, entries, torch_of
 from loratool.lazy import np
 from loratool.tensors import Tensor
 from loratool.update import LowRank
@@ -249,14 +249,6 @@ def mixed(bank: Tensor, *halves: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndar
     vectors = double(bank)
     up, down = (np.einsum("...k,...kv->...v", shares, vectors[index]) for shares, index in halves)
     return up.swapaxes(1, 2).reshape(-1, len(down)), down.reshape(len(down), -1)
-
-
-def entries(tensor: Tensor, limit: int) -> np.ndarray:
-    """Integer values in [0, limit). Raises FormatError for others."""
-    found = tensor.array().astype(np.int64)
-    if found.size and (found.min() < 0 or found.max() >= limit):
-        raise FormatError(f"an index of {found.max() if found.min() >= 0 else found.min()} into {limit}")
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,16 +494,6 @@ class Tinylora(Pair):
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
         inner = np.einsum("u,urs->rs", self.theta(), double(self.projection))
         return double(self.up), inner @ double(self.down)
-
-
-def torch_of(what: str) -> Any:
-    """The module torch. Raises LoratoolError where it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        hint = "pip install 'loratool[torch]'"
-        raise LoratoolError(f"torch is not installed, and only its generator makes {what}", hint=hint) from None
-    return torch
 
 
 def drawn(seed: int, *shapes: tuple[int, int]) -> list[Tensor]:

@@ -6,9 +6,9 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from loratool.errors import FormatError, MatchError
+from loratool.errors import FormatError, LoratoolError, MatchError
 from loratool.kinds.halves import made, wide
 from loratool.lazy import np
 from loratool.tensors import FLOATS, Array, Tensor, numpy_dtype
@@ -184,3 +184,21 @@ class Composed(Fixed):
 def double(tensor: Tensor) -> np.ndarray:
     """The values of a tensor in float64."""
     return tensor.float().astype(np.float64)
+
+
+def entries(tensor: Tensor, limit: int) -> np.ndarray:
+    """Integer values in [0, limit). Raises FormatError for others."""
+    found = tensor.array().astype(np.int64)
+    if found.size and (found.min() < 0 or found.max() >= limit):
+        raise FormatError(f"an index of {found.max() if found.min() >= 0 else found.min()} into {limit}")
+    return found
+
+
+def torch_of(what: str) -> Any:
+    """The module torch. Raises LoratoolError where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        hint = "pip install 'loratool[torch]'"
+        raise LoratoolError(f"torch is not installed, and only its generator makes {what}", hint=hint) from None
+    return torch
