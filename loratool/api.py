@@ -206,7 +206,7 @@ def plan_convert(
 ) -> Conversion:
     """Work out a conversion without writing anything. Raises all that `convert` would refuse."""
     from loratool.ops.changes import Changes, check_values
-    from loratool.ops.convert import cast, fit, parse_dtype
+    from loratool.ops.convert import parse_dtype
 
     chosen, stored, reading = formats.to_write(to), parse_dtype(dtype), reading or Reading()
     model = None if base is None else model_of(base, reading)
@@ -217,25 +217,36 @@ def plan_convert(
     path = prepare_output(out, overwrite, {what: path for what, path in inputs.items() if path})
     values = Changes()
     check_values(source, values)
-    unmatched: tuple[str, ...] = ()
-    target = source
-    if model is not None:
-        target, unmatched = fit(source, model, allow_unmatched)
-        target = target.with_metadata(base_config=model.configs.get("", {}))
-    if layout is not None:
-        from loratool.ops.relayout import relayout
-
-        target = relayout(target, layout)
-    if uniform:
-        from loratool.ops.uniform import uniform as made_uniform
-
-        target = made_uniform(target)
-    target = cast(target, stored)
+    target, unmatched = (source, ()) if model is None else _fitted(source, model, allow_unmatched)
+    target = _rewritten(target, layout, uniform, stored)
     losses = formats.check_losses(target, chosen, allow_loss)
     warnings = (*source.metadata.warnings, *values.warnings, *chosen.notes(target))
     planned = Conversion(target, path, chosen, tuple(losses), unmatched, warnings)
     check_space(path.parent, planned.describe()["disk_needed"])
     return planned
+
+
+def _fitted(adapter: Adapter, model: Model, allow_unmatched: bool) -> tuple[Adapter, tuple[str, ...]]:
+    """An adapter under the names of its base, and what has no place there. Raises MatchError."""
+    from loratool.ops.convert import fit
+
+    target, unmatched = fit(adapter, model, allow_unmatched)
+    return target.with_metadata(base_config=model.configs.get("", {})), unmatched
+
+
+def _rewritten(adapter: Adapter, layout: str | None, uniform: bool, dtype: str | None) -> Adapter:
+    """The same deltas in the layout, of the ranks and of the dtype that were asked for."""
+    from loratool.ops.convert import cast
+
+    if layout is not None:
+        from loratool.ops.relayout import relayout
+
+        adapter = relayout(adapter, layout)
+    if uniform:
+        from loratool.ops.uniform import uniform as made_uniform
+
+        adapter = made_uniform(adapter)
+    return cast(adapter, dtype)
 
 
 def convert(

@@ -65,6 +65,36 @@ class _Output:
     dry_run: bool = False
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """The adapters that another is computed from, and the base where there is one."""
+
+    adapters: tuple[Adapter, ...]
+    base: Model | None
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """What the output may not overwrite."""
+        found = {f"adapter {n}": a.metadata.path for n, a in enumerate(self.adapters, 1) if a.metadata.path}
+        return found if self.base is None else {**found, "the base": self.base.path}
+
+    @property
+    def weights(self) -> dict[str, Path]:
+        """The files whose sha256 goes into the provenance."""
+        found = {f"adapter{n}/{p.name}": p for n, a in enumerate(self.adapters, 1) for p in a.metadata.weights}
+        return found | {f"base/{w.name}": w.file.path for w in (self.base.weights if self.base else ())}
+
+    def output(self, out: AnyPath, to: str | None, overwrite: bool, allow_loss: bool, dry_run: bool) -> _Output:
+        """The output that was asked for, in the first one's format unless ``to`` names another. Nothing is written."""
+        path = prepare_output(out, overwrite, self.paths)
+        chosen = formats.to_write(to, self.adapters[0].metadata.format)
+        return _Output(path, chosen, overwrite, allow_loss, dry_run)
+
+    def strengths(self, given: Sequence[float] | None) -> tuple[float, ...]:
+        """The strengths of all adapters: 1 where none are given."""
+        return tuple(given) if given else (1.0,) * len(self.adapters)
+
+
 def extract(
     base: Base,
     tuned: Base,
@@ -137,16 +167,16 @@ def resize(
     """
     from loratool.ops.resize import resize as compute
 
-    choice = Choice(rank, energy, error, max_size)
-    stored = parse_dtype(dtype)
-    model = None if base is None else model_of(base, reading or Reading())
-    source = _checked(adapter, reading, model)
-    chosen = formats.to_write(to, source.metadata.format)
-    path = prepare_output(out, overwrite, _inputs([source], model))
-    inputs = _weights([source], model)
-    hashes = _hashed(inputs) if max_size is not None else {}
-    result = compute(source, choice, model, stored, lambda made: _size(with_provenance(made, "resize", hashes), chosen))
-    return _write(result, _Output(path, chosen, overwrite, allow_loss, dry_run), "resize", inputs)
+    choice, stored = Choice(rank, energy, error, max_size), parse_dtype(dtype)
+    sources = _read([adapter], base, reading)
+    output = sources.output(out, to, overwrite, allow_loss, dry_run)
+    hashes = _hashed(sources.weights) if max_size is not None else {}
+
+    def size(made: Adapter) -> int:
+        return _size(with_provenance(made, "resize", hashes), output.format)
+
+    result = compute(sources.adapters[0], choice, sources.base, stored, size)
+    return _write(result, output, "resize", sources.weights)
 
 
 def add(
@@ -165,8 +195,10 @@ def add(
     """Write the sum of strength x update: exact by concatenation, or the best of ``rank``; stored as ``dtype``."""
     from loratool.ops.add import add as compute
 
-    given = _Sum(strengths, rank, base, to, parse_dtype(dtype), overwrite, allow_loss, dry_run, reading)
-    return _linear(compute, "add", flattened(adapters), out, given)
+    stored, sources = parse_dtype(dtype), _read(flattened(adapters), base, reading)
+    output = sources.output(out, to, overwrite, allow_loss, dry_run)
+    result = recast(compute(sources.adapters, strengths, rank, sources.base), stored)
+    return _write(result, output, "add", sources.weights, sources.strengths(strengths))
 
 
 def subtract(
@@ -185,8 +217,10 @@ def subtract(
     """Write the first adapter minus the others; the rules of `add`."""
     from loratool.ops.add import subtract as compute
 
-    given = _Sum(strengths, rank, base, to, parse_dtype(dtype), overwrite, allow_loss, dry_run, reading)
-    return _linear(compute, "subtract", flattened(adapters), out, given)
+    stored, sources = parse_dtype(dtype), _read(flattened(adapters), base, reading)
+    output = sources.output(out, to, overwrite, allow_loss, dry_run)
+    result = recast(compute(sources.adapters, strengths, rank, sources.base), stored)
+    return _write(result, output, "subtract", sources.weights, sources.strengths(strengths))
 
 
 def combine(
@@ -214,13 +248,10 @@ def combine(
     from loratool.ops.combine import combine as compute
 
     recipe, stored = Recipe(method, density, seed, rank), parse_dtype(dtype)
-    model = None if base is None else model_of(base, reading or Reading())
-    sources = [_checked(adapter, reading, model) for adapter in flattened(adapters)]
-    path = prepare_output(out, overwrite, _inputs(sources, model))
-    output = _Output(path, formats.to_write(to, sources[0].metadata.format), overwrite, allow_loss, dry_run)
-    result = recast(compute(sources, recipe, strengths, model), stored)
-    given = tuple(strengths) if strengths else (1.0,) * len(sources)
-    return _write(result, output, "combine", _weights(sources, model), given, recipe.details())
+    sources = _read(flattened(adapters), base, reading)
+    output = sources.output(out, to, overwrite, allow_loss, dry_run)
+    result = recast(compute(sources.adapters, recipe, strengths, sources.base), stored)
+    return _write(result, output, "combine", sources.weights, sources.strengths(strengths), recipe.details())
 
 
 def rank(
@@ -251,58 +282,22 @@ def rank(
             raise UsageError("two models, or one adapter")
         report = rank_models(model_of(source, reading), model_of(tuned, reading), choice, progress)
     else:
-        model = None if base is None else model_of(base, reading)
-        report = rank_adapter(_checked(source, reading, model), choice, model)
+        found = _read([source], base, reading)
+        report = rank_adapter(found.adapters[0], choice, found.base)
     if picture is not None:
         plot_ranks(report, picture, overwrite)
     return report
 
 
-@dataclass(frozen=True)
-class _Sum:
-    """What was asked of a linear sum, besides the adapters and the output's path."""
-
-    strengths: Sequence[float] | None
-    rank: int | None
-    base: Base | None
-    to: str | None
-    dtype: str | None
-    overwrite: bool
-    allow_loss: bool
-    dry_run: bool
-    reading: Reading | None
-
-
-def _linear(
-    compute: Callable[..., Result], operation: str, adapters: Sequence[Source], out: AnyPath, given: _Sum
-) -> ComputeReport:
-    """Compute and write a linear sum."""
-    model = None if given.base is None else model_of(given.base, given.reading or Reading())
-    sources = [_checked(adapter, given.reading, model) for adapter in adapters]
-    path = prepare_output(out, given.overwrite, _inputs(sources, model))
-    chosen = formats.to_write(given.to, sources[0].metadata.format)
-    output = _Output(path, chosen, given.overwrite, given.allow_loss, given.dry_run)
-    result = recast(compute(sources, given.strengths, given.rank, model), given.dtype)
-    strengths = tuple(given.strengths) if given.strengths else (1.0,) * len(sources)
-    return _write(result, output, operation, _weights(sources, model), strengths)
-
-
-def _checked(source: Source, reading: Reading | None, model: Model | None = None) -> Adapter:
-    """An adapter whose values are sound. Raises FormatError for an unknown scaling, NumericError for NaN."""
-    adapter = source if isinstance(source, Adapter) else read(source, base=model, reading=reading)
-    check_values(adapter, Changes())
-    return adapter if model is None else present(adapter, model)
-
-
-def _inputs(adapters: Sequence[Adapter], model: Model | None = None) -> dict[str, Path]:
-    """What the output may not overwrite."""
-    found = {f"adapter {n}": a.metadata.path for n, a in enumerate(adapters, 1) if a.metadata.path}
-    return found if model is None else {**found, "the base": model.path}
-
-
-def _weights(adapters: Sequence[Adapter], model: Model | None = None) -> dict[str, Path]:
-    found = {f"adapter{n}/{p.name}": p for n, a in enumerate(adapters, 1) for p in a.metadata.weights}
-    return found | {f"base/{w.name}": w.file.path for w in (model.weights if model else ())}
+def _read(adapters: Sequence[Source], base: Base | None, reading: Reading | None) -> _Sources:
+    """Adapters whose values are sound. Raises FormatError for an unknown scaling, NumericError for NaN."""
+    model = None if base is None else model_of(base, reading or Reading())
+    found = []
+    for source in adapters:
+        adapter = source if isinstance(source, Adapter) else read(source, base=model, reading=reading)
+        check_values(adapter, Changes())
+        found.append(adapter if model is None else present(adapter, model))
+    return _Sources(tuple(found), model)
 
 
 def _hashed(inputs: Mapping[str, Path]) -> dict[str, str]:
@@ -334,6 +329,13 @@ def _to(device: str) -> Callable[[np.ndarray], Any] | None:
     return lambda values: torch.from_numpy(values).to(device)
 
 
+def _put(adapter: Adapter, output: _Output) -> int:
+    """Write an adapter, complete or not at all; the bytes of its weights file."""
+    with staged(output.path, output.overwrite) as temporary:
+        output.format.write(adapter, temporary)
+    return _weights_file(output.path).stat().st_size
+
+
 def _write(
     result: Result,
     output: _Output,
@@ -350,12 +352,7 @@ def _write(
     hashes, chosen = _hashed(inputs), output.format
     adapter = with_provenance(result.adapter, operation, hashes, **more)
     losses = formats.check_losses(adapter, chosen, output.allow_loss)
-    if output.dry_run:
-        size = _size(adapter, chosen)
-    else:
-        with staged(output.path, output.overwrite) as temporary:
-            chosen.write(adapter, temporary)
-        size = _weights_file(output.path).stat().st_size
+    size = _size(adapter, chosen) if output.dry_run else _put(adapter, output)
     ranks = Counter(update.rank for update in adapter.modules().values() if update.rank is not None)
     tensors = [t for u in adapter.updates.values() for t in u.slots.values()]
     return ComputeReport(

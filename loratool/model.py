@@ -136,32 +136,43 @@ def read_model(path: str | Path, allow_links: bool = False, allow_pickle: bool =
     if not held and pickled and not allow_pickle:
         read_pickle(found / pickled[0], allow_pickle)  # says why not
     read = pickled if allow_pickle else []
-    weights = tuple(
-        WeightFile(name, _prefix(name), read_safetensors(inside(found, name, allow_links))) for name in held
-    ) + tuple(
-        WeightFile(_as_safetensors(name), _prefix(name), read_pickle(inside(found, name, allow_links), allow_pickle))
-        for name in read
-    )
+    weights = _opened(found, held, read, allow_links, allow_pickle)
     if not weights:
         unread = ", ".join(name for name in files if name.endswith(_UNREAD)) or "none"
         raise FormatError(
-            f"no safetensors weights in this model (other weights: {unread})",
-            found,
-            "convert them to safetensors",
+            f"no safetensors weights in this model (other weights: {unread})", found, "convert them to safetensors"
         )
-    configs = {
-        _prefix(name): _table(found / name)
-        for name in files
-        if name.rpartition("/")[2] == "config.json" and (pipeline or "/" not in name)
-    }
-    index_files = {name: _table(found / name) for name in files if _INDEX in name and name.endswith(".json")}
-    moved = {name for name in files if read and name.endswith(".bin.index.json")}
-    index_files |= {_as_safetensors(name): _renamed(_table(found / name)) for name in moved}
-    taken = {*held, *read, *moved}
-    model = Model(found, weights, tuple(n for n in files if n not in taken), configs, index_files)
-    for name, index in index_files.items():
+    moved = [name for name in files if read and name.endswith(".bin.index.json")]
+    others = tuple(name for name in files if name not in {*held, *read, *moved})
+    model = Model(found, weights, others, _configs(found, files, pipeline), _index_files(found, files, moved))
+    for name, index in model.index_files.items():
         _check_index(model, name, index)
     return model
+
+
+def _opened(
+    folder: Path, held: Iterable[str], pickled: Iterable[str], allow_links: bool, allow_pickle: bool
+) -> tuple[WeightFile, ...]:
+    """The weight files of a folder; what is pickled goes by the name of the file that it becomes."""
+    found = []
+    for name in held:
+        found.append(WeightFile(name, _prefix(name), read_safetensors(inside(folder, name, allow_links))))
+    for name in pickled:
+        file = read_pickle(inside(folder, name, allow_links), allow_pickle)
+        found.append(WeightFile(_as_safetensors(name), _prefix(name), file))
+    return tuple(found)
+
+
+def _configs(folder: Path, files: Iterable[str], pipeline: bool) -> dict[str, Mapping[str, Any]]:
+    """The config.json of each component, by prefix."""
+    named = [name for name in files if name.rpartition("/")[2] == "config.json" and (pipeline or "/" not in name)]
+    return {_prefix(name): _table(folder / name) for name in named}
+
+
+def _index_files(folder: Path, files: Iterable[str], moved: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+    """The indexes of shards, those of pickled shards (``moved``) as of the files which they become."""
+    found = {name: _table(folder / name) for name in files if _INDEX in name and name.endswith(".json")}
+    return found | {_as_safetensors(name): _renamed(_table(folder / name)) for name in moved}
 
 
 def _prefix(name: str) -> str:

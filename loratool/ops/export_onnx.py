@@ -15,7 +15,7 @@ from loratool.adapter import Adapter, is_bias
 from loratool.errors import FormatError, MatchError, UsageError, some
 from loratool.files import prepare_output, remove, staged_beside
 from loratool.model import Model
-from loratool.onnx.fold import Change, Edit, check_output, external_name, lay_out, write_graph
+from loratool.onnx.fold import Change, Edit, Written, check_output, external_name, lay_out, write_graph
 from loratool.onnx.graph import Graph
 from loratool.onnx.resolve import resolve
 from loratool.ops.changes import Changes, check_values
@@ -23,7 +23,7 @@ from loratool.ops.merge import peak_bytes
 from loratool.plan import OutputFile, Plan, Step, thread_count
 
 if TYPE_CHECKING:
-    from loratool.onnx.verify import Trial
+    from loratool.onnx.verify import Trial, Verification
     from loratool.ops.export_folder import FolderExport
 
 Progress = Callable[[int, int], None]
@@ -193,22 +193,29 @@ def run_export(
             progress=progress,
         )
         files = write_adapters(planned, path, folder, written.outcome.hashes)
-        sizes = [file.stat().st_size for file in files]
+        beside = {path.with_name(file.name): file.stat().st_size for file in files}
         proven = proof(planned, written.output, files)
+    return _report(planned, path, written, beside, proven, time.perf_counter() - began)
+
+
+def _report(
+    planned: Export, path: Path, written: Written, beside: Mapping[Path, int], proven: Verification, seconds: float
+) -> ExportReport:
+    """What was written to ``path`` and, with their sizes, to the files ``beside`` it; and what proved it."""
     return ExportReport(
         output=str(path),
         mode=planned.mode,
         modules=planned.modules,
         resolved=planned.resolved,
         unmatched=planned.unmatched,
-        adapters=tuple(str(path.with_name(file.name)) for file in files),
+        adapters=tuple(map(str, beside)),
         external_data=str(path.with_name(external_name(path))) if written.external_data else None,
         verified=proven.verified,
         max_abs_diff=proven.max_abs_diff,
         max_effect=proven.max_effect,
         providers=proven.providers,
-        bytes_written=written.bytes_written + sum(sizes),
-        seconds=round(time.perf_counter() - began, 3),
+        bytes_written=written.bytes_written + sum(beside.values()),
+        seconds=round(seconds, 3),
         peak_bytes=peak_bytes(),
         lost_to_rounding=written.outcome.tally.lost_to_rounding,
         content_hash=written.outcome.content_hash,

@@ -40,12 +40,31 @@ def configuration(
     """
     lora = str(adapter.metadata.config.get("peft_type", "")).upper() == "LORA"  # another tuner's says nothing of a LoRA
     source = dict(adapter.metadata.config) if lora else {}
+    modules = sorted(set(pairs) - set(parameters))
+    config = {
+        **_usual(adapter, pairs, modules),
+        **source,
+        **{field: plain for field, plain in REWRITTEN.items() if field in source},
+        **_parameter_fields(source, sorted(parameters)),
+        **_token_fields(adapter, source),
+        **_saved_field(adapter, source, pairs),
+        **_flags(adapter, pairs, lora_bias, source),
+        **_version_field(pairs, any(map(is_in_proj, adapter.updates)), source),
+    }
+    if mutating(source):
+        config["init_lora_weights"] = True
     ranks = {rule: pair.rank or 1 for rule, pair in pairs.items()}
     alphas = {rule: number(pair.explicit_alpha) for rule, pair in pairs.items()}
-    rank_stabilised = any(pair.rank_stabilised for pair in pairs.values())
-    kinds = {type(u) for u in adapter.modules().values()}
-    modules = sorted(set(pairs) - set(parameters))
-    config: dict[str, Any] = {
+    if not still_says(source, ranks, alphas, config["use_rslora"]) or _moved(source, parameters):
+        config["r"], config["rank_pattern"] = patterned(ranks, 8)
+        config["lora_alpha"], config["alpha_pattern"] = patterned(alphas, 8)
+        config.update(target_modules=modules, init_lora_weights=True)
+    return config
+
+
+def _usual(adapter: Adapter, pairs: Iterable[str], modules: list[str]) -> dict[str, Any]:
+    """What stands in a configuration unless its source says otherwise."""
+    return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": adapter.metadata.base_model,
@@ -55,26 +74,21 @@ def configuration(
         "bias": _bias_kind(adapter, pairs),
         "modules_to_save": _modules_to_save(adapter, pairs),
         "target_modules": modules,
-        **source,
-        **{field: plain for field, plain in REWRITTEN.items() if field in source},
-        **_parameter_fields(source, sorted(parameters)),
-        **_token_fields(adapter, source),
-        **_saved_field(adapter, source, pairs),
+    }
+
+
+def _flags(
+    adapter: Adapter, pairs: Mapping[str, LowRank | Experts], lora_bias: bool, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the tensors show, whatever the source said."""
+    kinds = {type(update) for update in adapter.modules().values()}
+    return {
         "fan_in_fan_out": any(isinstance(p, LowRank) and p.layer == "transposed" for p in pairs.values()),
-        "use_rslora": rank_stabilised,
+        "use_rslora": any(pair.rank_stabilised for pair in pairs.values()),
         "use_dora": DoRA in kinds,
         "lora_bias": lora_bias,
+        **({"kasa_config": source.get("kasa_config") or {}} if Truncated in kinds else {}),
     }
-    if Truncated in kinds:
-        config["kasa_config"] = source.get("kasa_config") or {}
-    config.update(_version_field(pairs, any(map(is_in_proj, adapter.updates)), source))
-    if mutating(source):
-        config["init_lora_weights"] = True
-    if not still_says(source, ranks, alphas, rank_stabilised) or _moved(source, parameters):
-        config["r"], config["rank_pattern"] = patterned(ranks, 8)
-        config["lora_alpha"], config["alpha_pattern"] = patterned(alphas, 8)
-        config.update(target_modules=modules, init_lora_weights=True)
-    return config
 
 
 def _version_field(
