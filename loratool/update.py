@@ -482,7 +482,7 @@ class DoRA(Around):
         return replace(self, direction=self.direction.oriented(layer))
 
     def part(self, start: int, stop: int) -> DoRA:
-        if self.axis == 1:
+        if self.axis == 1 or self.layer == "transposed":  # a norm over all rows
             raise FormatError("a DoRA magnitude for each input of a fused projection cannot be split exactly")
         direction = rows(self.direction, start, stop)
         assert isinstance(direction, Additive)  # rows of what is additive are

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 
 import loratool
+from loratool.architectures import Slot
 from loratool.errors import FormatError, LoratoolError, MatchError, NumericError, UsageError
 from loratool.model import read_model
+from loratool.ops.changes import _parts
 from loratool.ops.merge import run_merge
 from loratool.ops.verify import ulps
 from loratool.tensors import Tensor, numpy_dtype, read_safetensors, write_safetensors
@@ -275,6 +277,29 @@ def test_other_kinds_of_update(name: str, tmp_path: Path) -> None:
     loratool.merge(base, lora_file(tmp_path / "x", {"h.0.mlp.c_fc": update}), out=tmp_path / "out")
     found = values(tmp_path / "out")["h.0.mlp.c_fc.weight"]
     np.testing.assert_allclose(found, expected_of(weight, (update, 1.0)), atol=3e-6)
+
+
+@pytest.mark.parametrize("name", [n for n, u in samples.UPDATES.items() if u.shape and u.shape[0] > 1])
+def test_swapped_halves_of_a_fused_weight_are_the_whole_or_refused_by_the_plan(name: str) -> None:
+    """What the plan takes the run can do: rotations that mix rows of both halves are refused before anything runs."""
+    update = samples.UPDATES[name]
+    shape = tuple(size or 4 for size in update.shape)
+    whole = normal(*shape, seed=60).array()
+    change = (update.sized(shape) or update).apply(whole) - whole
+    for cut in {shape[0] // 2, 1}:
+        pieces = ((cut, shape[0]), (0, cut))  # the stored tensor holds what comes last first
+        base, stored = (np.roll(value, cut, axis=0) for value in (whole, change))
+        try:
+            parts = list(_parts(update, Slot("w.weight", pieces, shape[0]), shape, 1.0, "m"))
+        except FormatError as refused:
+            assert str(refused.where) == "m -> w.weight"
+            continue
+        found = np.zeros_like(stored)
+        for part in parts:
+            found[part.start : part.stop] = (
+                part.update.apply(base[part.start : part.stop]) - base[part.start : part.stop]
+            )
+        np.testing.assert_allclose(found, stored, atol=2e-5)
 
 
 def test_biases_and_whole_tensors_follow_the_strength(small: Path, tmp_path: Path) -> None:

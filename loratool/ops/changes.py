@@ -17,7 +17,7 @@ from loratool.names import Names, Unmatched, has_number, leaf, match, module_of
 from loratool.plan import Part
 from loratool.scaled import LARGEST
 from loratool.tensors import FLOATS, Tensor
-from loratool.update import LowRank, Replace, Update, rows, trimmed
+from loratool.update import LowRank, Replace, Rows, Update, rows, trimmed
 
 
 @dataclass
@@ -184,11 +184,20 @@ def _parts(update: Update, slot: Slot, stored: Sequence[int], strength: float, m
     done = 0
     for start, stop in slot.ranges(stored[0] if stored else 1):
         try:
-            piece = update if len(slot.pieces) == 1 else rows(update, done, done + stop - start)
+            piece = update if len(slot.pieces) == 1 else _apart(rows(update, done, done + stop - start))
         except FormatError as error:
             raise FormatError(error.what, f"{module} -> {slot.tensor}", error.hint) from None
         yield Part(piece, strength, start, stop, module)
         done += stop - start
+
+
+def _apart(piece: Update) -> Update:
+    """Rows of an update. Raises FormatError where the run could not give them: they need others of the base."""
+    if isinstance(piece, Rows) and piece.needs_base:
+        reach = piece.prepare(Tensor.float).reach
+        if reach is not None:
+            reach(0, piece.shape[0])
+    return piece
 
 
 def _place_carried(changes: Changes, adapter: Adapter, strength: float, model: Model) -> None:
