@@ -864,6 +864,17 @@ def test_a_merge_by_small_blocks(device: str, tmp_path: Path, monkeypatch: pytes
     assert loratool.verify(folder, lora, merged=tmp_path / "out", strengths=[0.5]).ok
 
 
+@pytest.mark.parametrize("name", ["hra", "miss_bat", "road", "peft_glora", "osf", "peanut", "frod"])
+def test_a_kind_that_needs_rows_of_outputs_says_so_of_a_conv1d(name: str, tmp_path: Path) -> None:
+    update = samples.tuners()[name]
+    shape = update.shape[::-1]
+    folder = samples.model(tmp_path / "base", {"h.0.mlp.c_fc.weight": normal(*shape)}, {"model_type": "gpt2"})
+    lora = samples.lora_file(tmp_path / "x", {"h.0.mlp.c_fc": update})
+    with pytest.raises(MatchError, match=rf"{update.kind} is worked out by rows of outputs.*Conv1D") as caught:
+        loratool.merge(folder, lora, out=tmp_path / "out")
+    assert str(list(shape)) in str(caught.value) and "PEFT" in caught.value.hint
+
+
 def test_the_rows_that_a_rotation_reaches_for_count_as_memory() -> None:
     def peak(update: Update) -> int:
         part = Part(update, 1.0, 0, 4096, "m")

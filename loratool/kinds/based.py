@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from loratool.errors import FormatError
 from loratool.kinds.truncated import smallest
@@ -41,6 +41,7 @@ class Householder(Tuner):
     """
 
     word: ClassVar[str] = "hra"
+    plain_only: ClassVar[bool] = True
     flattens: ClassVar[bool] = True
     vectors: Tensor
     orthogonal: bool = False
@@ -55,9 +56,6 @@ class Householder(Tuner):
     @property
     def rank(self) -> int:
         return self.vectors.shape[1]
-
-    def sized(self, shape: tuple[int, ...]) -> Self | None:
-        return None if self.layer == "transposed" else super().sized(shape)
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         left, right = (moved(load, half) for half in self._pair())
@@ -107,6 +105,7 @@ class BlockAffine(Tuner):
     """MiSS with ``bat``: W'_ab = W_ab + W_ab M_a + M_a for each r x r block; blocks [o/r,r,r] holds the M_a."""
 
     word: ClassVar[str] = "miss"
+    plain_only: ClassVar[bool] = True
     block: Tensor
 
     def check(self) -> None:
@@ -124,9 +123,6 @@ class BlockAffine(Tuner):
 
     def fits(self, plain: tuple[int, ...]) -> bool:
         return super().fits(plain) and plain[1] % self.rank == 0
-
-    def sized(self, shape: tuple[int, ...]) -> Self | None:
-        return None if self.layer == "transposed" else super().sized(shape)
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         r = self.rank
@@ -161,6 +157,7 @@ class Road(Tuner):
     """
 
     word: ClassVar[str] = "road"
+    plain_only: ClassVar[bool] = True
     theta: Tensor
     alphas: Tensor
     variant: int = 1
@@ -179,9 +176,6 @@ class Road(Tuner):
     def known(self) -> tuple[int, ...]:
         size = self.theta.shape[0] * 2 // self.variant
         return (size,) if self.of_bias else (size, 0)
-
-    def sized(self, shape: tuple[int, ...]) -> Self | None:
-        return None if self.layer == "transposed" else super().sized(shape)
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         own, other = (moved(load, column) for column in self._columns())
@@ -225,6 +219,7 @@ class Glora(Tuner):
     """
 
     word: ClassVar[str] = "glora"
+    plain_only: ClassVar[bool] = True
     scale: tuple[Tensor, ...]
     shift: tuple[Tensor, ...]
     bias_scale: Tensor
@@ -253,9 +248,6 @@ class Glora(Tuner):
         if self.of_bias:
             return (max([out, *biases]),)
         return (out, max(i for _, i in sizes) or (self.column.shape[0] if self.column.shape[0] > 1 else 0))
-
-    def sized(self, shape: tuple[int, ...]) -> Self | None:
-        return None if self.layer == "transposed" else super().sized(shape)
 
     @property
     def slots(self) -> Mapping[str, Tensor]:
@@ -362,6 +354,7 @@ class Subspace(Tuner):
     """
 
     word: ClassVar[str] = "osf"
+    plain_only: ClassVar[bool] = True
     up: Tensor
     values: Tensor
     down: Tensor
@@ -380,9 +373,6 @@ class Subspace(Tuner):
     @property
     def rank(self) -> int:
         return self.values.shape[0]
-
-    def sized(self, shape: tuple[int, ...]) -> Self | None:
-        return None if self.layer == "transposed" else super().sized(shape)
 
     @property
     def makes(self) -> int:
@@ -412,6 +402,7 @@ class Frod(Tuner):
     """
 
     word: ClassVar[str] = "frod"
+    plain_only: ClassVar[bool] = True
     indices: ClassVar[frozenset[str]] = frozenset(["index", "extent"])
     hollow: ClassVar[bool] = True  # S may have no entry
     diagonal: Tensor
@@ -431,9 +422,6 @@ class Frod(Tuner):
     @property
     def known(self) -> tuple[int, ...]:
         return (0, self.diagonal.shape[0])
-
-    def sized(self, shape: tuple[int, ...]) -> Self | None:
-        return None if self.layer == "transposed" else super().sized(shape)
 
     @property
     def makes(self) -> int:
@@ -480,6 +468,7 @@ class Network(Tuner):
     """
 
     word: ClassVar[str] = "peanut"
+    plain_only: ClassVar[bool] = True
     down: Tensor
     up: Tensor
     encoders: tuple[Tensor, ...] = ()
@@ -509,9 +498,6 @@ class Network(Tuner):
     @property
     def scaling(self) -> float:
         return self.scale
-
-    def sized(self, shape: tuple[int, ...]) -> Self | None:
-        return None if self.layer == "transposed" else super().sized(shape)
 
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         up, down = load(self.up) * (self.scale * strength), load(self.down)

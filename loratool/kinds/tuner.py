@@ -37,6 +37,9 @@ class Tuner(Update):
     indices: ClassVar[frozenset[str]] = frozenset()
     """Fields that hold integers."""
 
+    plain_only: ClassVar[bool] = False
+    """Whether it is worked out for weights that are stored as [o,i] only."""
+
     layer: Layer = "plain"
     size: tuple[int, ...] = ()
 
@@ -82,8 +85,17 @@ class Tuner(Update):
         return replace(self, layer=layer)
 
     def sized(self, shape: tuple[int, ...]) -> Self | None:
+        """Raises MatchError where the weight fits but for how it is stored."""
         plain = shape[::-1] if self.layer == "transposed" else shape
-        return replace(self, size=tuple(plain)) if self.fits(plain) else None
+        if not self.fits(plain):
+            return None
+        if self.plain_only and self.layer == "transposed":
+            raise MatchError(
+                f"an update of kind {self.word} is worked out by rows of outputs, and the base stores this weight, "
+                f"{list(shape)}, by rows of inputs (a Conv1D)",
+                hint="merge it with PEFT",
+            )
+        return replace(self, size=tuple(plain))
 
     def require_size(self) -> None:
         """Raise MatchError where only the base tells the shape of the weight, and has not."""
