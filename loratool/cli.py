@@ -115,6 +115,22 @@ _allow_unmatched = _flag("--allow-unmatched", help="Go on without what has no ta
 _device = click.option(
     "--device", metavar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
 )
+
+
+def _only_cpu(context: click.Context, parameter: click.Parameter, value: str) -> None:
+    if value not in ("auto", "cpu"):
+        raise click.UsageError(f"{context.info_name} computes on the processor, not on {value}", context)
+
+
+_cpu = click.option(
+    "--device",
+    metavar="DEVICE",
+    default="auto",
+    show_default=True,
+    expose_value=False,
+    callback=_only_cpu,
+    help="auto or cpu: it computes on the processor.",
+)
 _dtype = click.option(
     "--dtype",
     type=click.Choice(("keep", "fp32", "fp16", "bf16")),
@@ -124,7 +140,8 @@ _dtype = click.option(
 )
 
 
-_METHODS = ("linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots")
+_METHODS = ("linear", "svd", "ties", "dare", "dare_linear", "dare_ties", "magnitude_prune", "knots")
+_SAME = {"dare": "dare_linear"}
 _to = click.option("--to", metavar="FORMAT", help="The format to write.  [default: the source's]")
 
 
@@ -163,7 +180,13 @@ def _linear(command: Command) -> Command:
     )
     loss = _flag("--allow-loss", help="Write what the format can say; list the rest.")
     strength = click.option(
-        "--strength", "-s", "strengths", type=float, metavar="S", multiple=True, help="One for each."
+        "--strength",
+        "-s",
+        "strengths",
+        type=float,
+        metavar="S",
+        multiple=True,
+        help="One for each adapter, in their order.  [default: 1.0]",
     )
     decorators = (
         _adapters,
@@ -173,6 +196,7 @@ def _linear(command: Command) -> Command:
         _base_option,
         _to,
         _dtype,
+        _cpu,
         loss,
         _overwrite,
         _dry_run,
@@ -199,11 +223,17 @@ def app() -> None:
     """Read, write, convert and merge LoRA-family adapters. Every tensor accounted for.
 
     BASE is a model: a folder (Hugging Face, diffusers) or one checkpoint file. ADAPTER is a folder or a file of any
-    format; which one, its content tells. loratool COMMAND -h lists a command's options.
+    format; which one, its content tells. Both may be on the hub: org/name[@revision]. loratool COMMAND -h lists a
+    command's options.
     """
 
 
-@app.command("inspect", short_help="Show what an adapter holds, and what is odd.")
+def _command(name: str, summary: str, example: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """A command with a line for the list of them, and one to copy."""
+    return app.command(name, short_help=summary, epilog=f"Example: {example}")
+
+
+@_command("inspect", "Show what an adapter holds, and what is odd.", "loratool inspect adapter/ --tensors")
 @_adapter
 @_flag("--tensors", help="List every target.")
 @_flag("--norms", help="Also the size of each update (reads the factors).")
@@ -223,7 +253,7 @@ def inspect_command(adapter: str, tensors: bool, norms: bool, json: bool, readin
         _warn(found.warnings)
 
 
-@app.command("formats", short_help="List every format.")
+@_command("formats", "List every format.", "loratool formats --json")
 @_json
 @_common
 def formats_command(json: bool) -> None:
@@ -238,7 +268,11 @@ def formats_command(json: bool) -> None:
         show_formats(rows)
 
 
-@app.command("convert", short_help="Convert an adapter to another format.")
+@_command(
+    "convert",
+    "Convert an adapter to another format.",
+    "loratool convert kohya.safetensors --to diffusers -o out.safetensors",
+)
 @_adapter
 @_out
 @click.option("--to", metavar="FORMAT", required=True, help="The format to write (see: loratool formats).")
@@ -251,6 +285,7 @@ def formats_command(json: bool) -> None:
 )
 @_flag("--uniform", help="One rank and one alpha for all modules: pad ranks, fold scalings.")
 @_dtype
+@_cpu
 @_flag("--allow-loss", help="Write what the format can say; list the rest.")
 @_allow_unmatched
 @_overwrite
@@ -277,7 +312,7 @@ def convert_command(adapter: str, out: str, overwrite: bool, dry_run: bool, json
         _warn(f"no target in the base: {name}" for name in report.unmatched)
 
 
-@app.command("check", short_help="Tell whether an engine accepts an adapter.")
+@_command("check", "Tell whether an engine accepts an adapter.", "loratool check adapter/ --for vllm --max-rank 16")
 @_adapter
 @click.option("--for", "engine", metavar="ENGINE", required=True, help="vllm, sglang, llama.cpp, mlx, onnxruntime, ...")
 @click.option("--max-rank", type=int, metavar="N", help="The largest rank that the engine is started with.")
@@ -302,7 +337,7 @@ def check_command(adapter: str, json: bool, **options: Any) -> None:
         raise SystemExit(5)
 
 
-@app.command("merge", short_help="Merge adapters into a base model.")
+@_command("merge", "Merge adapters into a base model.", "loratool merge base/ style.safetensors -s 0.8 -o merged/")
 @_base
 @_adapters
 @_out
@@ -349,7 +384,11 @@ def merge_command(
         _warn((*report.warnings, *(f"not applied: {name}" for name in report.unmatched)))
 
 
-@app.command("unmerge", short_help="Restore the base from a merged model, bit for bit.")
+@_command(
+    "unmerge",
+    "Restore the base from a merged model, bit for bit.",
+    "loratool unmerge merged/ --undo undo.safetensors -o base/",
+)
 @click.argument("merged")
 @_out
 @click.option("--undo", metavar="FILE", required=True, help="What merge --undo wrote.")
@@ -374,7 +413,9 @@ def unmerge_command(merged: str, out: str, dry_run: bool, json: bool, **options:
         show_unmerge(report)
 
 
-@app.command("verify", short_help="Prove that a model is the merge.")
+@_command(
+    "verify", "Prove that a model is the merge.", "loratool verify base/ style.safetensors -s 0.8 --merged merged/"
+)
 @_base
 @_adapters
 @click.option("--merged", metavar="MERGED", required=True, help="The merged model to prove.")
@@ -408,10 +449,11 @@ def verify_command(base: str, adapters: Sequence[str], strength: Sequence[float]
     require(report)
 
 
-@app.command("compare", short_help="Tell how far two adapters are apart.")
+@_command("compare", "Tell how far two adapters are apart.", "loratool compare kohya.safetensors out.safetensors")
 @click.argument("first")
 @click.argument("second")
 @_base_option
+@_cpu
 @_json
 @_reads
 @_common
@@ -430,7 +472,7 @@ def compare_command(first: str, second: str, json: bool, **options: Any) -> None
         show_comparison(found, _state.verbose)
 
 
-@app.command("extract", short_help="Extract a LoRA from a full fine-tune.")
+@_command("extract", "Extract a LoRA from a full fine-tune.", "loratool extract base/ tuned/ --rank 16 -o adapter/")
 @_base
 @click.argument("tuned")
 @_out
@@ -459,13 +501,14 @@ def extract_command(base: str, tuned: str, out: str, json: bool, **options: Any)
     _computed(report, json)
 
 
-@app.command("resize", short_help="Give an adapter another rank.")
+@_command("resize", "Give an adapter another rank.", "loratool resize adapter/ --energy 0.95 -o smaller/")
 @_adapter
 @_out
 @_ranks
 @_base_option
 @_to
 @_dtype
+@_cpu
 @_flag("--allow-loss", help="Write what the format can say; list the rest.")
 @_overwrite
 @_dry_run
@@ -479,7 +522,7 @@ def resize_command(adapter: str, out: str, json: bool, **options: Any) -> None:
     _computed(compute.resize(adapter, out, **options), json)
 
 
-@app.command("add", short_help="Add adapters.")
+@_command("add", "Add adapters.", "loratool add style/ detail/ -s 1 -s 0.5 -o both/")
 @_linear
 def add_command(adapters: Sequence[str], json: bool, **options: Any) -> None:
     """Add adapters: the linear sum of their updates, exact, or the best of --rank."""
@@ -488,7 +531,7 @@ def add_command(adapters: Sequence[str], json: bool, **options: Any) -> None:
     _computed(compute.add(*adapters, **options), json)
 
 
-@app.command("subtract", short_help="Subtract adapters from the first.")
+@_command("subtract", "Subtract adapters from the first.", "loratool subtract both/ style/ -o rest/")
 @_linear
 def subtract_command(adapters: Sequence[str], json: bool, **options: Any) -> None:
     """Subtract adapters from the first, exactly, or the best of --rank."""
@@ -497,8 +540,18 @@ def subtract_command(adapters: Sequence[str], json: bool, **options: Any) -> Non
     _computed(compute.subtract(*adapters, **options), json)
 
 
-@app.command("combine", short_help="Combine adapters: ties, dare, knots, ...")
-@click.option("--method", type=click.Choice(_METHODS), required=True, help="How; ties and dare as published.")
+@_command(
+    "combine",
+    "Combine adapters: ties, dare, knots, ...",
+    "loratool combine one/ two/ --method ties --density 0.5 -o both/",
+)
+@click.option(
+    "--method",
+    type=click.Choice(_METHODS),
+    required=True,
+    callback=lambda context, parameter, value: _SAME.get(value, value),
+    help="How; ties and dare as published.",
+)
 @click.option("--density", type=float, metavar="F", help="Share of the entries that is kept.  [default: 0.5]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of dare's choice of entries.")
 @_linear
@@ -506,19 +559,20 @@ def combine_command(adapters: Sequence[str], json: bool, **options: Any) -> None
     """Combine adapters on their true updates, however these are factored; written at --rank.
 
     linear: the sum, exact without --rank. svd: its best rank. magnitude_prune: the sum of the --density largest
-    entries. ties: of these, the elected sign's mean. dare_linear, dare_ties: a random --density of the entries
-    instead, rescaled. knots: ties in coordinates that the adapters share.
+    entries. ties: of these, the elected sign's mean. dare (also dare_linear), dare_ties: a random --density of the
+    entries instead, rescaled. knots: ties in coordinates that the adapters share.
     """
     from loratool import compute
 
     _computed(compute.combine(*adapters, **options), json)
 
 
-@app.command("rank", short_help="Tell which rank is needed.")
+@_command("rank", "Tell which rank is needed.", "loratool rank base/ tuned/ --plot spectrum.html")
 @click.argument("source", metavar="ADAPTER|BASE")
 @click.argument("tuned", required=False)
 @_ranks
 @_base_option
+@_cpu
 @click.option("--plot", metavar="FILE", help="Draw it: FILE.png, FILE.svg or FILE.html (extra: plot).")
 @_flag("--overwrite", help="Replace FILE where it exists.")
 @_json
@@ -537,7 +591,7 @@ def rank_command(source: str, tuned: str | None, json: bool, **options: Any) -> 
         show_ranks(report)
 
 
-@app.command("export-onnx", short_help="Export a merged ONNX graph.")
+@_command("export-onnx", "Export a merged ONNX graph.", "loratool export-onnx model.onnx adapter/ -o merged.onnx")
 @_base
 @_adapters
 @_out

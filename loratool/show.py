@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
@@ -31,8 +32,9 @@ def printable(text: str) -> str:
 
 
 def bold(text: str) -> str:
-    """Text that stands out, on a terminal."""
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+    """Text that stands out, on a terminal that can and may."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\033[1m{text}\033[0m"
 
 
 def size(count: float) -> str:
@@ -49,20 +51,49 @@ def facts(pairs: Iterable[tuple[str, object]]) -> None:
     rows = [(name, printable(str(value))) for name, value in pairs if value not in (None, "", ())]
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+        print(_hanging(f"  {name:<{width}}  ", value))
+
+
+def _columns() -> int:
+    """The width of the terminal; no bound where there is none."""
+    return max(40, shutil.get_terminal_size((100, 24)).columns) if sys.stdout.isatty() else 1 << 30
+
+
+def _hanging(begin: str, text: str) -> str:
+    """Text that goes on below itself where a line ends; a word is never broken, so that paths can be copied."""
+    if len(begin) + len(text) <= _columns():
+        return begin + text
+    lines = textwrap.wrap(text, _columns() - len(begin), break_long_words=False, break_on_hyphens=False)
+    return begin + f"\n{' ' * len(begin)}".join(lines)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns; on a terminal a long list is abridged."""
+    """Aligned columns, without the empty ones; on a terminal a long list is abridged, and fits the line."""
     shown = [[printable(cell) for cell in row] for row in rows]
     cut = len(shown) - _ABRIDGED if sys.stdout.isatty() and len(shown) > _ABRIDGED + 4 else 0
     shown = shown[:_ABRIDGED] if cut else shown
-    widths = [max(len(cell) for cell in column) for column in zip(list(head), *shown, strict=True)]
-    for row in (head, *shown):
-        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        print("  " + (bold(line) if row is head else line))
+    columns = [(title, *cells) for title, *cells in zip(head, *shown, strict=True) if any(cells) or not shown]
+    widths = _fitting([max(map(len, column)) for column in columns])
+    for n, row in enumerate(zip(*columns, strict=True)):
+        line = "  ".join(f"{_cut(cell, width):<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        print("  " + (bold(line) if n == 0 else line))
     if cut:
         print(f"  ... and {cut:,} more (all of them when piped, or with --json)")
+
+
+def _fitting(widths: list[int]) -> list[int]:
+    """Widths of columns for which the line has room: the widest give way."""
+    room = _columns() - 2 * len(widths)
+    while sum(widths) > room and max(widths) > 12:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def _cut(cell: str, room: int) -> str:
+    """As much of a cell as there is room for: of a name the end, of a text the beginning."""
+    if len(cell) <= room:
+        return cell
+    return f"{cell[: room - 1]}…" if " " in cell else f"…{cell[1 - room :]}"
 
 
 def counts(values: Mapping[str, int]) -> str:
@@ -325,7 +356,7 @@ _PLAN: tuple[tuple[str, str, _Say], ...] = (  # what is said of a plan that has 
 
 def show_computed(report: ComputeReport) -> None:
     """What a computed adapter is, and how far it is from what was asked."""
-    print(f"{'would write' if report.dry_run else 'wrote'} {bold(report.output)} ({report.format})")
+    print(f"{'would write' if report.dry_run else 'wrote'} {bold(printable(report.output))} ({report.format})")
     facts(
         (
             ("modules", f"{sum(report.ranks.values()):,}"),
@@ -343,10 +374,8 @@ def show_computed(report: ComputeReport) -> None:
         print()
         worst = sorted(report.modules, key=lambda m: -m.relative_error)
         shares = list(dict.fromkeys(share for m in worst for share in getattr(m, "needed", ())))
-        names = fitted([m.module for m in worst], 30 + 6 * len(shares))
         rows = [
-            (name, str(m.rank), f"{m.relative_error:.3g}", f"{m.energy:.2%}", *_needed(m, shares))
-            for name, m in zip(names, worst, strict=True)
+            (m.module, str(m.rank), f"{m.relative_error:.3g}", f"{m.energy:.2%}", *_needed(m, shares)) for m in worst
         ]
         if shares:
             whole = (f"{report.relative_error:.3g}", f"{1 - report.relative_error**2:.2%}")
@@ -365,27 +394,20 @@ def _ranks(needed: Any, shares: Sequence[str], unknown: str) -> list[str]:
     return [unknown if needed.get(share) is None else str(needed[share]) for share in shares]
 
 
-def fitted(names: Sequence[str], others: int) -> list[str]:
-    """Names without their beginnings where a terminal has no room for them beside ``others`` columns."""
-    room = max(16, shutil.get_terminal_size().columns - others - 2) if sys.stdout.isatty() else 1 << 30
-    return [name if len(name) <= room else "…" + name[1 - room :] for name in names]
-
-
 _SHARES = (0.90, 0.95, 0.99)
 
 
 def show_ranks(report: RankReport) -> None:
     """The spectrum of each module as bars, the ranks that keep 90, 95 and 99 percent, and the proposal."""
-    names = fitted([m.module for m in report.modules], 58)
     rows = [
         (
-            name,
+            m.module,
             spark(m.singular_values),
             f"{m.stable_rank:.1f}",
             *(str(m.needed(share)) for share in _SHARES),
             str(m.proposed_rank),
         )
-        for name, m in zip(names, report.modules, strict=True)
+        for m in report.modules
     ]
     table(("module", "spectrum", "stable", *(f"{share:.0%}" for share in _SHARES), "proposed"), rows)
     print()

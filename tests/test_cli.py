@@ -166,6 +166,10 @@ def test_every_command_has_help(command: str, run: Run) -> None:
     assert (found.code, found.err) == (0, "")
     assert found.out.startswith(f"Usage: loratool {command}")
     assert "--json" in found.out
+    example = found.out.rpartition("Example: loratool ")[2].split()
+    assert example[0] == command
+    with cli.app.make_context("loratool", list(example)) as context:  # all of its words are understood
+        assert cli.app.commands[command].make_context(command, example[1:], parent=context)
     assert max(map(len, found.out.splitlines())) <= 100
 
 
@@ -177,6 +181,7 @@ def test_every_command_has_help(command: str, run: Run) -> None:
         ("merge", "-o -s --strength --dtype --device --allow-unmatched --overwrite --dry-run --allow-pickle"),
         ("verify", "--merged -s --strength --device --allow-pickle"),
         ("compare", "--json --base"),
+        *((command, "--device --json") for command in (*COMPUTING, "convert", "compare")),
     ],
 )
 def test_the_options_of_the_contract_are_there(command: str, options: str, run: Run) -> None:
@@ -223,6 +228,7 @@ def test_no_command_is_a_usage_error_that_helps(capsys: pytest.CaptureFixture[st
         ("compare A", "SECOND"),
         ("convert A -o - --to raw", "stdout"),
         ("merge BASE A -o -", "stdout"),
+        ("resize A -o OUT --rank 2 --device cuda", "resize computes on the processor, not on cuda"),
     ],
 )
 def test_usage_errors(words: str, what: str, run: Run, llama: Path, peft: Path, raw: Path, tmp_path: Path) -> None:
@@ -1374,6 +1380,47 @@ def test_on_a_terminal_lists_are_abridged_and_a_bar_is_drawn(fixtures: Path, tmp
     bar = read_terminal(master, real)
     assert "merging" in bar
     assert json.loads(real.stdout.read() if real.stdout else "")["modules"] == 289
+    os.close(slave)
+    os.close(master)
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect {kohya} --tensors", "merge {base} {peft} -o out --dry-run", "rank {peft}"]
+)
+@pytest.mark.parametrize("columns", [60, 100])
+def test_lines_fit_the_terminal(
+    command: str, columns: int, llama: Path, peft: Path, kohya: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.symlink(peft, "a")
+    os.symlink(kohya, "k")
+    master, slave = os.openpty()
+    env = HERE | {"COLUMNS": str(columns), "NO_COLOR": "1"}
+    words = command.format(base=llama, peft="a", kohya="k").split()
+    shown = read_terminal(master, spawn(*words, stdout=slave, stderr=subprocess.PIPE, env=env))
+    assert "\033" not in shown
+    lines = shown.replace("\r", "").splitlines()
+    assert len(lines) > 14
+    assert max(map(len, lines)) <= columns
+    assert any("q_proj" in line for line in lines)  # the ends of names tell them apart
+    os.close(slave)
+    os.close(master)
+
+
+def test_dare_by_its_short_name(run: Run, peft: Path, raw: Path, tmp_path: Path) -> None:
+    """The contract says dare; PEFT's name for it is dare_linear."""
+    for method in ("dare", "dare_linear"):
+        found = run("combine", peft, raw, "-o", tmp_path / method, "--method", method, "--seed", "3", "--json")
+        assert found.code == 0
+    assert everything(tmp_path / "dare") == everything(tmp_path / "dare_linear")
+
+
+@pytest.mark.parametrize("look", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
+def test_bold_is_for_terminals_that_can_and_may(look: dict[str, str], raw: Path) -> None:
+    master, slave = os.openpty()
+    env = {name: value for name, value in HERE.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | look
+    shown = read_terminal(master, spawn("inspect", raw, stdout=slave, stderr=subprocess.PIPE, env=env))
+    assert ("\033[1m" in shown) is not bool(look)
     os.close(slave)
     os.close(master)
 
