@@ -620,6 +620,68 @@ def test_a_quantised_weight_is_refused(q: Path, tmp_path: Path) -> None:
     refused(samples.model(tmp_path / "base", tensors), q, tmp_path, FormatError, r"quantised.*layers\.0\.q")
 
 
+def codes(*shape: int, dtype: Any = np.uint8) -> Tensor:
+    return Tensor.of(np.ones(shape, dtype))
+
+
+QUANTISED: dict[str, dict[str, Tensor]] = {  # beside or in place of a weight [8, 32]
+    "NVFP4 of compressed-tensors [49]": {
+        ".weight_packed": codes(8, 16),
+        ".weight_scale": normal(8, 2, dtype="F16"),
+        ".weight_global_scale": normal(1),
+    },
+    "NVFP4 of ModelOpt [49]": {
+        ".weight": codes(8, 16),
+        ".weight_scale": normal(8, 2, dtype="F16"),
+        ".weight_scale_2": normal(1),
+    },
+    "packed int4 of compressed-tensors [50]": {
+        ".weight_packed": codes(8, 4, dtype=np.int32),
+        ".weight_scale": normal(8, 1),
+        ".weight_shape": codes(2, dtype=np.int64),
+    },
+    "GPTQ [51]": {
+        ".qweight": codes(4, 8, dtype=np.int32),
+        ".qzeros": codes(1, 1, dtype=np.int32),
+        ".scales": normal(1, 8),
+        ".g_idx": codes(32, dtype=np.int32),
+    },
+    "bitsandbytes in 4 bits": {".weight": codes(128, 1), ".weight.absmax": normal(4), ".weight.quant_map": normal(16)},
+    "bitsandbytes in 8 bits": {".weight": codes(8, 32, dtype=np.int8), ".SCB": normal(8)},
+    "MLX": {".weight": codes(8, 4, dtype=np.uint32), ".scales": normal(8, 1), ".biases": normal(8, 1)},
+}
+
+
+@pytest.mark.parametrize("insist", [False, True])
+@pytest.mark.parametrize("scheme", QUANTISED)
+def test_a_weight_in_codes_is_refused_for_what_it_is(scheme: str, insist: bool, tmp_path: Path) -> None:
+    """llm traps 49, 50 and 51: no other base, no module without a target, and nothing to insist on."""
+    name = "model.layers.0.self_attn.q_proj"
+    base = samples.model(tmp_path / "base", {f"{name}{end}": tensor for end, tensor in QUANTISED[scheme].items()})
+    lora = lora_file(tmp_path / "x", {name.removeprefix("model."): low(8, 32)})
+    with pytest.raises(FormatError, match="quantised weight") as caught:
+        loratool.merge(base, lora, out=tmp_path / "out", allow_unmatched=insist)
+    assert name in str(caught.value.where) and "16 bit" in caught.value.hint
+
+
+@pytest.mark.parametrize("target", ["gate_up_proj", "1.gate_proj", "1.down_proj"])
+def test_experts_in_codes_are_refused_for_what_they_are(target: str, tmp_path: Path) -> None:
+    """llm trap 52: gpt-oss on disk."""
+    layer = "model.layers.0.mlp.experts"
+    tensors = {f"{layer}.gate_up_proj_blocks": codes(2, 12, 1, 16), f"{layer}.gate_up_proj_scales": codes(2, 12, 1)}
+    tensors |= {f"{layer}.down_proj_blocks": codes(2, 32, 1, 16), f"{layer}.down_proj_scales": codes(2, 32, 1)}
+    base = samples.model(tmp_path / "base", tensors, {"model_type": "gpt_oss"})
+    with pytest.raises(FormatError, match="MXFP4"):
+        loratool.merge(base, lora_file(tmp_path / "x", {f"{layer}.{target}": low(12, 32)}), out=tmp_path / "out")
+
+
+def test_modules_beside_quantised_ones_are_merged(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn"
+    quantised = {f"{name}.q_proj{end}": tensor for end, tensor in QUANTISED["GPTQ [51]"].items()}
+    base = samples.model(tmp_path / "base", {**quantised, f"{name}.v_proj.weight": normal(8, 32)})
+    assert loratool.merge(base, lora_file(tmp_path / "x", {f"{name}.v_proj": low(8, 32)}), out=tmp_path / "out").modules
+
+
 def test_an_unknown_scaling_is_refused(small: Path, tmp_path: Path) -> None:
     lora = samples.peft_folder(tmp_path / "x", samples.peft_pair("layers.0.q"), None)
     error = refused(small, lora, tmp_path, FormatError, "does not tell its scaling")

@@ -14,6 +14,7 @@ from loratool.kinds.tokens import Tokens
 from loratool.lazy import np
 from loratool.model import Location, Model
 from loratool.names import Names, Unmatched, has_number, leaf, match, module_of
+from loratool.ops.quantised import refuse_quantised
 from loratool.plan import Part
 from loratool.scaled import LARGEST
 from loratool.tensors import FLOATS, Tensor
@@ -56,6 +57,7 @@ def account(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float
     changes = Changes()
     for adapter, strength in zip(adapters, strengths, strict=True):
         check_values(adapter, changes)
+        refuse_quantised(model, adapter)
         _place_updates(changes, adapter, strength, _trained_on(headed, adapter))
         _place_carried(changes, adapter, strength, headed)
     if tie is not None:
