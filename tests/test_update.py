@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,17 @@ from hypothesis import strategies as st
 
 from loratool.devices import TorchWorker, Worker
 from loratool.errors import FormatError, MatchError, NumericError
+from loratool.kinds.based import Hira
+from loratool.kinds.entries import AdditiveEntry, Entry
 from loratool.kinds.hadamard import LoHa
 from loratool.kinds.kronecker import LoKr
+from loratool.kinds.patch import Padded
 from loratool.kinds.sparse import Sparse
+from loratool.kinds.truncated import Truncated
+from loratool.onnx.turned import Turned
 from loratool.ops.verify import ulps
 from loratool.tensors import Tensor
-from loratool.update import Dense, DoRA, LowRank, Sum, Update, as_low_rank, trimmed
+from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Rows, Sum, Update, as_low_rank, trimmed
 from tests import samples
 from tests.laws import examples
 from tests.samples import ADDITIVE, UPDATES, low, magnitude, normal
@@ -48,6 +54,35 @@ def low_ranks(draw: st.DrawFn) -> LowRank:
         rank_stabilised=draw(st.booleans()),
         layer=layer,
     )
+
+
+# -- updates around another ----------------------------------------------------------------------------------
+
+
+AROUND: dict[str, tuple[str, Any]] = {  # what is its own, of kind, shape and slots; and how it is made
+    "rows": ("shape", lambda inner: Rows(inner, 2, 4)),
+    "additive_rows": ("shape", lambda inner: AdditiveRows(inner, 2, 4)),
+    "dora": ("kind magnitude", lambda inner: DoRA(inner, magnitude(7))),
+    "entry": ("shape", lambda inner: Entry(inner, 9, 5, 0, 1, 8)),
+    "additive_entry": ("shape", lambda inner: AdditiveEntry(inner, 9, 5, 0, 1, 8)),
+    "padded": ("", Padded),
+    "truncated": ("kind diagonal", lambda inner: Truncated(inner, normal(3))),
+    "hira": ("kind", Hira),
+    "turned": ("shape", lambda inner: Turned(inner, (5, 7), "transposed")),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_an_update_around_another_says_as_that_one_does(name: str) -> None:
+    own, make = AROUND[name]
+    inner = low(rank_stabilised=True)
+    update, again = make(inner), replace(make(inner))
+    for word in ("kind", "shape", "rank", "alpha", "scaling"):
+        assert (getattr(update, word) == getattr(inner, word)) == (word not in own.split())
+    assert {**inner.slots, **update.slots} == update.slots
+    assert update.slots.keys() - inner.slots.keys() == {*own.split()} - {"kind", "shape"}
+    assert again == update and hash(again) == hash(update)
+    assert update != make(low(alpha=1.0, rank_stabilised=True))
 
 
 # -- additive kinds ------------------------------------------------------------------------------------------
