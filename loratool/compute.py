@@ -123,11 +123,19 @@ def extract(
     MatchError for models that do not fit, before the first SVD; UsageError; NumericError; LossError.
     """
     from loratool.ops.extract import extract as compute
+    from loratool.ops.extract import longest_needed
 
     choice, reading, chosen = Choice(rank, energy, error, max_size), reading or Reading(), formats.to_write(to)
     one, other = model_of(base, reading), model_of(tuned, reading)
     path = prepare_output(out, overwrite, {"the base": one.path, "the tuned model": other.path})
     output = _Output(path, chosen, overwrite, allow_loss, dry_run)
+    inputs = {f"base/{w.name}": w.file.path for w in one.weights}
+    inputs |= {f"tuned/{w.name}": w.file.path for w in other.weights}
+    hashes = _hashed(inputs) if max_size is not None else {}
+
+    def size(made: Adapter) -> int:
+        return _size(with_provenance(made, "extract", hashes, needed=longest_needed(made)), chosen)
+
     result = compute(
         one,
         other,
@@ -138,10 +146,9 @@ def extract(
         to_device=_to(device),
         seed=seed,
         check=lambda planned: formats.check_losses(planned, chosen, allow_loss),
+        size_of=size,
         progress=progress,
     )
-    inputs = {f"base/{w.name}": w.file.path for w in one.weights}
-    inputs |= {f"tuned/{w.name}": w.file.path for w in other.weights}
     return _write(result, output, "extract", inputs, details={"needed": result.needed})
 
 

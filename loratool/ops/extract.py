@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -20,7 +20,7 @@ from loratool.linalg import EXACT_SIDE, Truncation, adaptive_svd, exact_svd, ran
 from loratool.model import Location, Model, pick
 from loratool.names import Names, Unmatched, has_number, module_of, stores_transposed
 from loratool.ops.changes import extreme, with_head
-from loratool.ops.spectral import Choice, ModuleResult, Piece, Result, choose_ranks, header_size
+from loratool.ops.spectral import Choice, ModuleResult, Piece, Result, SizeOf, bounded_size, fit_size
 from loratool.ops.stacks import hollow, together
 from loratool.plan import thread_count
 from loratool.tensors import DTYPES, FLOATS, Array, Tensor
@@ -395,6 +395,7 @@ def extract(
     to_device: ToDevice | None = None,
     seed: int = 0,
     check: Callable[[Adapter], object] | None = None,
+    size_of: SizeOf = bounded_size,
     progress: Progress | None = None,
 ) -> Extraction:
     """A LoRA of TUNED - BASE; merged into BASE it gives TUNED up to the stated error.
@@ -402,8 +403,8 @@ def extract(
     Each difference is taken in float32 from the stored values and truncated within 1.0005 of the best error
     (`truncated_svd`); norms, biases, resized embeddings and what only TUNED has are carried whole. Factors are stored
     in ``dtype``, the base's own where None. Both ends of tied weights get the same factors, which keeps the tie.
-    ``check`` sees the adapter as it will be, of rank 1 and all zero, before the first SVD. Raises what `survey` and
-    ``check`` raise, and NumericError for NaN or infinities.
+    ``check`` sees the adapter as it will be, of rank 1 and all zero, before the first SVD; ``size_of`` weighs one for
+    ``max_size``. Raises what `survey` and ``check`` raise, and NumericError for NaN or infinities.
     """
     found = survey(base, tuned, include, exclude)
     task = Task(choice, dtype, to_device, seed)
@@ -411,44 +412,38 @@ def extract(
         _check_first(check, found, base, task)
     ranks: Mapping[str, int] = {}
     if choice.max_size is not None:
-        files = {f"{w.name}{n}": "x" * 90 for n, m in enumerate((base, tuned)) for w in m.weights}
-        ranks = _evened(ranks_for_size(found, task, choice.max_size, header_size({}, files, {})), found)
+        weigh = lambda ranks: size_of(_planned(found, _evened(ranks, found), base, task))  # noqa: E731
+        ranks = _evened(ranks_for_size(found, task, choice.max_size, weigh), found)
     make = lambda pair: _made(pair, task, ranks.get(pair.name))  # noqa: E731
     made = {p.name: m for p, m in each_pair(make, found.pairs, task.threads, progress) if m is not None}
     return _result(found, made, base, choice)
 
 
 def _evened(ranks: Mapping[str, int], found: Survey) -> dict[str, int]:
-    """Ranks with one for all experts of a stack, which are stored so: what they got together, shared out.
-
-    Raises UsageError where that is not enough for one each.
-    """
+    """Ranks with one for all experts of a stack, which are stored so: what they got together, shared out."""
     evened = dict(ranks)
     for stack, like in found.stacks.items():
         members = [f"{stack.removeprefix(found.prefix)}.{number}" for number in range(like.experts)]
-        share = sum(ranks.get(name, 0) for name in members) // like.experts
-        chosen = [name for name in members if name in ranks]
-        if chosen and not share:
-            raise UsageError(f"rank 1 of all {like.experts} experts of {stack} is larger than --max-size")
-        evened.update(dict.fromkeys(chosen, share))
+        share = max(1, sum(ranks.get(name, 0) for name in members) // like.experts)
+        evened.update({name: share for name in members if name in ranks})
     return evened
 
 
 def _check_first(check: Callable[[Adapter], object], found: Survey, base: Model, task: Task) -> None:
     """Let ``check`` see what will come out; pairs are only read where it objects: one may hold no difference."""
     try:
-        check(_planned(found, found.pairs, base, task))
+        check(_planned(found, {pair.name: 1 for pair in found.pairs}, base, task))
     except LossError:
-        changed = [pair for pair in found.pairs if pair.difference() is not None]
+        changed = {pair.name: 1 for pair in found.pairs if pair.difference() is not None}
         check(_planned(found, changed, base, task))
 
 
-def _planned(found: Survey, pairs: Iterable[Pair], base: Model, task: Task) -> Adapter:
-    """The adapter that will come out, of rank 1 and all zero."""
+def _planned(found: Survey, ranks: Mapping[str, int], base: Model, task: Task) -> Adapter:
+    """The adapter of these ranks that will come out, all zero."""
     updates: dict[str, Update] = {}
-    for pair in pairs:
+    for pair in (pair for pair in found.pairs if pair.name in ranks):
         piece = Piece(_NOTHING, pair.shape, task.dtype or pair.base.tensor.dtype, pair.layer)
-        updates[found.prefix + module_of(pair.name)] = piece.hollow(1)
+        updates[found.prefix + module_of(pair.name)] = piece.hollow(ranks[pair.name])
     carried = {found.prefix + n: t for n, t in found.carried.items()}
     return together(Adapter(updates, carried, _metadata(found, base)), found.stacks)
 
@@ -508,8 +503,8 @@ def _made(pair: Pair, task: Task, given: int | None = None) -> Made | None:
     return Made(update, lost, whole, known)
 
 
-def ranks_for_size(found: Survey, task: Task, size: int, more: int = 0) -> dict[str, int]:
-    """Ranks that lose least for a file of ``size`` bytes, by pair; ``more`` is what its metadata takes.
+def ranks_for_size(found: Survey, task: Task, size: int, weigh: Callable[[Mapping[str, int]], int]) -> dict[str, int]:
+    """Ranks that lose least for a file of ``size`` bytes, by pair; ``weigh`` tells the bytes of one with ranks.
 
     Spectra are computed as far as they are needed: a module that gets all that is known of it is looked at again,
     twice as far. Factors are not kept.
@@ -519,6 +514,7 @@ def ranks_for_size(found: Survey, task: Task, size: int, more: int = 0) -> dict[
     units = sum(sum((p.shape[0], math.prod(p.shape[1:]))) * 2 for p in found.pairs)
     depth = 8 + 2 * size // max(units, 1)
     depths = {name: min(depth, pair.short) for name, pair in pairs.items()}
+    ranks: dict[str, int] = {}
     todo = list(pairs)
     while todo:
         look = lambda pair: _spectrum(pair, task, depths[pair.name])  # noqa: E731
@@ -526,10 +522,10 @@ def ranks_for_size(found: Survey, task: Task, size: int, more: int = 0) -> dict[
             if piece is not None:
                 pieces[pair.name] = replace(piece, layer=pair.layer)
         limit = task.choice.rank or max((pair.short for pair in found.pairs), default=1)
-        ranks = choose_ranks(pieces, task.choice, more + header_size(pieces, {}, found.carried))
+        ranks = fit_size(pieces, task.choice, weigh) if pieces else {}
         todo = [n for n, rank in ranks.items() if rank >= depths[n] < min(limit, pairs[n].short)]
         depths.update({name: min(2 * depths[name], pairs[name].short) for name in todo})
-    return ranks if pairs else {}
+    return ranks
 
 
 def _spectrum(pair: Pair, task: Task, depth: int) -> Piece | None:
@@ -585,6 +581,12 @@ def _result(found: Survey, made: Mapping[str, Made], base: Model, choice: Choice
         tuple(_warnings(found, modules, choice)),
         {f"{share:.0%}": rank_for_share(known, share) for share in SHARES} if known else {},
     )
+
+
+def longest_needed(adapter: Adapter) -> dict[str, int]:
+    """No shorter, as text, than `Extraction.needed` of an extraction that has these modules."""
+    side = max((max(update.shape) for update in adapter.updates.values()), default=1)
+    return {f"{share:.0%}": 10 ** max(len("null"), len(str(side))) - 1 for share in SHARES}
 
 
 def _metadata(found: Survey, base: Model) -> Metadata:

@@ -20,10 +20,11 @@ from loratool.ops.spectral import (
     Choice,
     Piece,
     Result,
+    SizeOf,
+    bounded_size,
     choose_ranks,
     fit_size,
     fresh_metadata,
-    header_size,
     stored,
     summarise,
     wide_factors,
@@ -32,7 +33,6 @@ from loratool.ops.stacks import apart, repacked, stacks_of, together
 from loratool.tensors import FLOATS, Tensor
 from loratool.update import Dense, Layer, LowRank, Sum, Update, trimmed
 
-SizeOf = Callable[[Adapter], int]  # bytes of the weights file that an adapter will make
 Squares = tuple[float, float]  # squared norms of the error, and of the whole
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -43,7 +43,7 @@ def resize(
     choice: Choice,
     model: Model | None = None,
     dtype: str | None = None,
-    size_of: SizeOf | None = None,
+    size_of: SizeOf = bounded_size,
 ) -> Result:
     """``adapter`` with the ranks that ``choice`` asks for; a rank beyond what there is pads with zeros.
 
@@ -59,7 +59,7 @@ def resize(
     ranks: Mapping[str, int] = {}
     if choice.max_size is not None:
         found = each(lambda module: module.spectrum(choice), modules.values())
-        measure = size_of and (lambda made: size_of(together(made, stacks)))
+        measure = lambda made: size_of(together(made, stacks))  # noqa: E731
         ranks = _fitting(adapter, modules, dict(zip(modules, found, strict=True)), choice, dtype, measure)
 
     def one(name: str) -> tuple[Update, Squares]:
@@ -87,11 +87,9 @@ def _fitting(
     pieces: Mapping[str, Piece],
     choice: Choice,
     dtype: str | None,
-    size_of: SizeOf | None,
+    size_of: SizeOf,
 ) -> dict[str, int]:
-    """The ranks for a size: measured on outputs without values, or bounded where nobody measures."""
-    if size_of is None:
-        return choose_ranks(pieces, choice, header_size(pieces, adapter.metadata.strings, adapter.carried))
+    """The ranks for a size, measured on outputs without values."""
 
     def weigh(ranks: Mapping[str, int]) -> int:
         made = {name: modules[name].kept(rank) or pieces[name].hollow(rank) for name, rank in ranks.items()}

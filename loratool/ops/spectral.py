@@ -15,6 +15,7 @@ from loratool.ops.compare import product_norm
 from loratool.tensors import DTYPES, Tensor, header_bytes, numpy_dtype
 from loratool.update import Layer, LowRank
 
+SizeOf = Callable[[Adapter], int]  # bytes of the weights file that an adapter will make
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -133,7 +134,7 @@ def _by_size(pieces: Mapping[str, Piece], choice: Choice, budget: int) -> dict[s
     room = budget - sum(units.values())
     if room < 0:
         raise UsageError(
-            f"rank 1 of all {len(pieces)} modules is larger than --max-size by {-room:,} bytes",
+            f"rank 1 of all modules is larger than --max-size by {-room:,} bytes",
             hint="a larger size, or fewer modules",
         )
     limit = (choice.rank or 1 << 30) - 1
@@ -171,7 +172,13 @@ def fit_size(
     return best
 
 
-def header_size(pieces: Mapping[str, Piece], metadata: Mapping[str, str], carried: Mapping[str, Tensor]) -> int:
+def bounded_size(adapter: Adapter) -> int:
+    """A bound of the bytes of the weights file of an adapter, where no format measures it."""
+    factors = sum(tensor.nbytes for update in adapter.updates.values() for tensor in update.slots.values())
+    return factors + header_size(adapter.updates, adapter.metadata.strings, adapter.carried)
+
+
+def header_size(pieces: Mapping[str, object], metadata: Mapping[str, str], carried: Mapping[str, Tensor]) -> int:
     """A bound of the bytes of a weights file besides the factors: header, alphas, carried tensors."""
     longest = 24  # characters that any layout's suffix or prefix adds to a module's name
     entries: list[tuple[str, str, tuple[int, ...]]]
