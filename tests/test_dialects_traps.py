@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import loratool
 from loratool import api
 from loratool.adapter import Adapter
 from loratool.architectures import architecture
+from loratool.errors import FormatError, MatchError
 from loratool.formats import by_name, detect
 from loratool.formats.base import Evidence
 from tests import diffusion
@@ -137,6 +139,61 @@ def test_magnitudes_are_not_dropped_and_have_the_shape_that_readers_take_20_22(
     for to in ("kohya", "comfyui"):
         found = diffusion.load(written(adapter, tmp_path / to, to))
         assert torch.equal(found[f"{module}.dora_scale"], magnitude.reshape(640, 1))
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(0, (640, 1)), (1, (1, 640))])
+def test_magnitudes_stand_for_norms_of_the_sum_21_24(axis: int, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Not of the base alone, as ComfyUI has it, and along the axis that their shape tells: LyCORIS reloads one only."""
+    pairs = factors({LINEAR: (640, 640)}, rank=4)
+    module, weight = diffusion.flat(LINEAR), np.random.default_rng(1).standard_normal((640, 640))
+    magnitude = torch.rand(shape) + 0.5
+    adapter = read(save(tmp_path / "file", diffusion.kohya(pairs, alpha=2.0) | {f"{module}.dora_scale": magnitude}))
+    delta = diffusion.delta(pairs[LINEAR], 2.0)
+    weight *= 2 * np.linalg.norm(delta) / np.linalg.norm(weight)  # a change large enough to tell the two apart
+    ours, total = adapter.updates[LINEAR].apply(weight), weight + delta
+    right, wrong = (
+        magnitude.numpy() * total / np.linalg.norm(w, axis=1 - axis, keepdims=True) for w in (total, weight)
+    )
+    np.testing.assert_allclose(ours, right, atol=1e-6)
+    assert np.abs(ours - wrong).max() > 0.1 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("leaf", ["w_norm", "b_norm"])
+def test_half_of_a_norm_is_read_and_written_32(leaf: str, tmp_path: Path) -> None:
+    """A1111 gives up a file that has only one of the two."""
+    norm = "unet.down_blocks.0.resnets.0.norm1"
+    key = f"{diffusion.flat(norm)}.{leaf}"
+    adapter = read(save(tmp_path / "file", {key: torch.rand(320)}), "kohya")
+    assert list(adapter.updates) == [norm if leaf == "w_norm" else f"{norm}.bias"]
+    assert list(diffusion.load(written(adapter, tmp_path / "out", "kohya"))) == [key]
+
+
+def test_alphas_have_names_of_their_own_38(tmp_path: Path) -> None:
+    """Of diffusers' in-memory spelling ``....down.weight.alpha`` nothing is written, and nothing is guessed."""
+    pairs = factors({LINEAR: (640, 640)}, rank=2)
+    adapter = read(save(tmp_path / "file", diffusion.kohya(pairs, alpha=0.5)))
+    for to in ("diffusers", "kohya", "lycoris", "comfyui"):
+        path = written(adapter, tmp_path / to, to)
+        assert not any("weight.alpha" in key for key in diffusion.load(path))
+        assert_same(read(path), pairs, 0.5)
+    tensors = {f"{LINEAR}.lora.{half}.weight": t for half, t in zip(("down", "up"), pairs[LINEAR], strict=True)}
+    with pytest.raises(FormatError, match="alpha"):
+        read(save(tmp_path / "theirs", tensors | {f"{LINEAR}.lora.down.weight.alpha": torch.tensor(0.5)}))
+
+
+def test_embeddings_of_one_name_65(tmp_path: Path) -> None:
+    """Equal ones are one; of two that differ none is dropped."""
+    tensors = diffusion.kohya(factors({LINEAR: (640, 640)}, rank=1))
+    key = "bundle_emb.token.string_to_param.*"
+    one, twin, other = (
+        save(tmp_path / name, tensors | {key: torch.full((1, 768), value)})
+        for name, value in (("one", 1.0), ("twin", 1.0), ("other", 2.0))
+    )
+    loratool.add(one, twin, out=tmp_path / "sum")
+    assert list(loratool.read(tmp_path / "sum").carried) == [key]
+    with pytest.raises(MatchError, match="bundle_emb"):
+        loratool.add(one, other, out=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_comfyui_takes_of_a_unet_is_kohya_s_names_30_31(tmp_path: Path) -> None:
