@@ -40,6 +40,7 @@ class _State:
 
 
 _state = _State()
+_HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal went away; Windows has no such signal
 
 
 # ---------------------------------------------------------------- options that several commands share
@@ -763,6 +764,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with suppress(ValueError):  # only the main thread may
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _interrupted)
+        if signal.getsignal(_HANGUP) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(_HANGUP, _interrupted)
         sys.unraisablehook = _unraisable
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the caller; else the next file opened takes its number

@@ -61,7 +61,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LORATOOL_CACHE", "off")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
-    before = signal.getsignal(signal.SIGTERM)
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in signals]
 
     def call(*words: Any) -> Result:
         capsys.readouterr()
@@ -71,7 +72,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         except SystemExit as end:
             code = int(end.code or 0)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)
         found = Result(code, *capsys.readouterr())
         assert "mistake in loratool" not in found.err, found.err
         assert "Traceback" not in found.err
@@ -1269,7 +1271,8 @@ Writer.block = slow
 
 
 @pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)]
+    ("sent", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGHUP, 130), (signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_an_interrupted_merge_leaves_no_half_output(
     sent: signal.Signals, code: int, run: Run, llama: Path, peft: Path, tmp_path: Path
@@ -1289,6 +1292,16 @@ def test_an_interrupted_merge_leaves_no_half_output(
         assert not list(tmp_path.iterdir())
     assert run("merge", llama, peft, "-o", tmp_path / "out").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_merge_under_nohup_goes_on(llama: Path, peft: Path, tmp_path: Path) -> None:
+    ignore = "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    hung = "import loratool.ops.merge as m; run = m.run_merge\n"
+    hung += "m.run_merge = lambda *a, **k: (os.kill(os.getpid(), signal.SIGHUP), run(*a, **k))[1]"
+    process = spawn("merge", llama, peft, "-o", tmp_path / "out", script=ignore + hung)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert (tmp_path / "out").exists()
 
 
 FINALISER = """
