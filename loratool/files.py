@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import shutil
-import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -258,6 +257,8 @@ def remove(path: Path) -> None:
 
 
 def _host() -> str:
+    import socket
+
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 

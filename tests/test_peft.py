@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 import loratool
 from loratool.adapter import Adapter
 from loratool.errors import FormatError, LossError
-from loratool.formats.peft import normalise
+from loratool.formats.peft import normalise, types
 from loratool.formats.peft.config import Patterns
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Sum
@@ -257,6 +259,18 @@ def test_whole_modules_are_kept_and_their_originals_dropped(tmp_path: Path) -> N
     assert set(found.carried) == {"score.weight", "classifier.bias", "model.embed_tokens.weight"}
     assert found.carried["score.weight"].same_bytes(saved)
     assert list(found.updates) == [MODULE]
+
+
+def test_a_plain_lora_starts_without_the_other_kinds(tmp_path: Path) -> None:
+    """What only another tuner, a pattern or the writer needs is not imported to describe a LoRA."""
+    code = "import sys, loratool; loratool.read(sys.argv[1]); print(*sys.modules)"
+    command = [sys.executable, "-c", code, str(folder_of(tmp_path))]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(loratool.__file__).parents[1])
+    found = set(run.stdout.split())
+    assert "loratool.formats.peft.reading" in found
+    late = ("tuners", "rows", "writing", "writing_config", *types.HOMES)
+    assert not found & {"numpy", "regex", "loratool.formats.slots", *(f"loratool.formats.peft.{name}" for name in late)}
+    assert not [name for name in found if name.startswith(("loratool.kinds.", "loratool.onnx.graph"))]
 
 
 def test_two_spellings_of_one_slot_are_refused(tmp_path: Path) -> None:

@@ -26,11 +26,7 @@ from loratool.formats.base import Evidence, Format, kept
 from loratool.formats.dialects import NATIVE, TABLE, WRITTEN, is_slot
 from loratool.formats.lycoris import SEGMENTS
 from loratool.formats.modules import held_by
-from loratool.formats.slots import whole
 from loratool.keys import Layout
-from loratool.kinds.rescale import IA3
-from loratool.kinds.rotation import BOFT, OFT, SegmentOFT
-from loratool.kinds.sparse import Sparse
 from loratool.lazy import np
 from loratool.tensors import Tensor, write_safetensors
 from loratool.update import Dense, Sum, Update
@@ -110,6 +106,11 @@ def _padded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _fit(update: Update) -> Update | str:
     """An update as ComfyUI takes it, or why it does not, though the slots have it."""
+    from loratool.formats.slots import whole
+    from loratool.kinds.rescale import IA3
+    from loratool.kinds.rotation import BOFT, OFT, SegmentOFT
+    from loratool.kinds.sparse import Sparse
+
     if isinstance(update, Sum) and any(isinstance(part, Sparse) for part in update.parts):
         return Dense(whole(update))  # single entries are not read
     if isinstance(update, IA3):

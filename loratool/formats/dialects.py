@@ -15,22 +15,24 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, Loss, Metadata
 from loratool.architectures import Architecture, architecture, identify, identify_names, told, unflatten
 from loratool.architectures.base import Piece, Shape, flat
 from loratool.architectures.base import split as prefix_split
 from loratool.errors import FormatError, LoratoolError, MatchError, NumericError, some
-from loratool.formats import peft, raw, slots
+from loratool.formats import peft, raw
 from loratool.formats.base import Evidence
 from loratool.formats.modules import Holder, Locate, Module, gathered, split
 from loratool.formats.peft.config import Scales as PeftScales
 from loratool.formats.peft.config import mutating
-from loratool.formats.slots import Parts
 from loratool.keys import Layout
 from loratool.tensors import SafetensorsFile, Tensor
 from loratool.update import DoRA, LowRank, Update, trimmed
+
+if TYPE_CHECKING:
+    from loratool.formats.slots import Parts
 
 _ONE_SPELLING = (
     *("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "weight", "on_input", "rescale", "oft_diag"),
@@ -352,6 +354,8 @@ def _mended(key: str, keys: Mapping[str, Tensor]) -> str:
 
 def build(spelled: str, stored: Stored, scales: Scales) -> Parts:
     """The updates of one module. Raises FormatError for slots that do not fit."""
+    from loratool.formats import slots
+
     if slots.is_empty(stored.slots):
         return {}
     where = f"{scales.where}: {spelled}"
@@ -516,6 +520,8 @@ def _base_model(strings: Mapping[str, str]) -> str | None:
 
 def _doubts(strings: Mapping[str, str], updates: Mapping[str, Update]) -> list[str]:
     """What the training arguments make doubtful."""
+    from loratool.formats import slots
+
     arguments = _arguments(strings)
     found = []
     if slots.is_true(arguments.get("split_qkv")):
@@ -590,6 +596,8 @@ def say(
 
 def _said(module: Module, layout: Layout, fit: Fit) -> dict[str, Tensor] | str:
     """The tensors of a module by slot, or why it cannot be said."""
+    from loratool.formats import slots
+
     update = module.update if isinstance(module.update, str) else fit(module.update)
     if isinstance(update, str):
         return update

@@ -35,7 +35,6 @@ from loratool.formats.dialects import (
     read_tables,
     referenced,
 )
-from loratool.formats.slots import plain_low_rank
 from loratool.keys import Layout
 from loratool.tensors import Tensor, write_safetensors
 from loratool.update import DoRA, LowRank, Update
@@ -111,6 +110,8 @@ def _sayable(adapter: Adapter, known: Architecture | None) -> tuple[dict[str, st
 
 def _loss(update: Update, beside_dora: bool) -> str | None:
     """Why the update of a weight cannot be said."""
+    from loratool.formats.slots import plain_low_rank
+
     if isinstance(update, DoRA):
         if update.axis == 1:
             return "a DoRA magnitude for each input; only outputs are known"
@@ -159,6 +160,8 @@ def write(adapter: Adapter, path: Path) -> None:
 
 def _plain(update: Update) -> LowRank:
     """The LoRA of an update that has one: its direction where it is a DoRA."""
+    from loratool.formats.slots import plain_low_rank
+
     low = plain_low_rank(update.direction if isinstance(update, DoRA) else update)
     assert low is not None  # losses() said so
     return low

@@ -26,7 +26,6 @@ from loratool.formats import dialects
 from loratool.formats.base import Evidence, Format, kept
 from loratool.formats.dialects import TABLE, is_slot
 from loratool.formats.modules import Holder, Module, held_by
-from loratool.kinds.rotation import OFT, SegmentOFT
 from loratool.tensors import Tensor, write_safetensors
 
 _PREFIX = re.compile(r"^(lora_(unet|te\d?)|oft_unet|Hunyuan_video_I2V_lora)_")  # the last is of Tencent's trainer
@@ -86,6 +85,8 @@ def holder(adapter: Adapter, known: Architecture | None) -> Holder:
 
 def _spelled(adapter: Adapter, module: Module) -> str:
     """The name of a module: sd-scripts' own OFT has a prefix of its own."""
+    from loratool.kinds.rotation import OFT, SegmentOFT
+
     own = all(adapter.spelling(target).startswith("oft_unet_") for target in module.targets)
     rotated = isinstance(module.update, SegmentOFT) or (own and isinstance(module.update, OFT))
     return re.sub("^lora_unet_", "oft_unet_", module.name) if rotated else module.name

@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratool import layouts
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
-from loratool.architectures.layouts import ONE_BY_ONE, STACKS, Naming
 from loratool.architectures.llm import EMBEDDING_LEAVES
 from loratool.architectures.table import NameTable
 from loratool.errors import FormatError, MatchError
 from loratool.files import read_json
 from loratool.formats.base import CONFIG, Evidence
-from loratool.kinds.experts import Experts
 from loratool.lazy import np
 from loratool.tensors import FLOATS, Tensor, blocks, numpy_dtype
 from loratool.update import DoRA, Layer, LowRank, Update, as_low_rank
+
+if TYPE_CHECKING:
+    from loratool.kinds.experts import Experts
 
 # ---------------------------------------------------------------- names
 
@@ -298,6 +298,8 @@ def said(adapter: Adapter, reason: Reason) -> dict[str, Update]:
 def _apart(adapter: Adapter) -> Iterator[tuple[str, Update, str]]:
     """(name, update, spelling) of all updates, as plain LoRAs where they have one; those of stacks of experts one by
     one where the base tells how."""
+    from loratool.kinds.experts import Experts
+
     config: Mapping[str, Any] | None = None
     for name, update in adapter.updates.items():
         parts: Mapping[str, Update] = {}
@@ -447,7 +449,10 @@ def one_by_one(name: str, stack: Experts, config: Mapping[str, Any]) -> dict[str
 
     Empty where the configuration does not tell the layout, or the shapes are of no model like it.
     """
-    kind, expert = str(config.get("model_type")), layouts.expert_of(name)
+    from loratool.architectures.layouts import ONE_BY_ONE, STACKS, Naming
+    from loratool.layouts import expert_of
+
+    kind, expert = str(config.get("model_type")), expert_of(name)
     layout = STACKS.get(kind)
     hidden, inner = size(config, "hidden_size"), size(config, "moe_intermediate_size", "intermediate_size")
     if layout is None or layout.transposed is None or expert is None or not hidden or not inner:

@@ -18,7 +18,6 @@ from loratool.architectures.base import Segment, Shape, Stored, flat
 from loratool.formats import dialects, kohya
 from loratool.formats.base import Evidence, Format
 from loratool.formats.dialects import component_of, is_slot
-from loratool.kinds.rotation import SegmentOFT
 from loratool.tensors import Tensor, write_safetensors
 from loratool.update import Update
 
@@ -65,6 +64,8 @@ def _holder(adapter: Adapter, known: Architecture | None, reference: str, shape:
 
 
 def _fit(update: Update) -> Update | str:
+    from loratool.kinds.rotation import SegmentOFT
+
     return SEGMENTS if isinstance(update, SegmentOFT) else update
 
 

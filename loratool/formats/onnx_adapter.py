@@ -20,7 +20,6 @@ from loratool.formats import llm
 from loratool.formats.base import Evidence, Format
 from loratool.keys import Layout, require_pair
 from loratool.onnx.container import Container, looks_container, write_container
-from loratool.onnx.resolve import logical
 from loratool.tensors import FLOATS, Tensor
 from loratool.update import Dense, LowRank, Update
 
@@ -91,6 +90,8 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 def write(adapter: Adapter, path: Path) -> None:
     """Write an adapter file: what it can say."""
+    from loratool.onnx.resolve import logical
+
     tensors: dict[str, Tensor] = {}
     for name, update in llm.said(adapter, _reason).items():
         if isinstance(update, Dense):

@@ -20,7 +20,6 @@ from pathlib import Path
 from loratool.errors import FormatError, LoratoolError
 from loratool.files import CHUNK, FileBytes, cannot_write
 from loratool.lazy import np
-from loratool.onnx.graph import NUMBERS, TYPES
 from loratool.tensors import Region, SafetensorsFile, Tensor, byte_count
 
 TAG = b"TORT"
@@ -58,6 +57,8 @@ def write_container(path: Path, held: Container) -> int:
 
     Raises LoratoolError (I/O; more than 2 GiB, which the format cannot hold).
     """
+    from loratool.onnx.graph import NUMBERS
+
     names = sorted(held.tensors)
     places, end = _layout(names, held)
     if end > _LIMIT:
@@ -205,6 +206,8 @@ class _Reader:
 
     def parameter(self, table: int) -> tuple[str, Tensor]:
         """One tensor, checked."""
+        from loratool.onnx.graph import TYPES
+
         at, length = self.vector(table, 0)
         if not 0 < length <= _MOST:
             raise FormatError("malformed adapter file: a parameter without a name", self.file.path)

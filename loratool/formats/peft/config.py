@@ -243,6 +243,16 @@ class Scales:
         return rows // told
 
 
+def _compiled(table: Mapping[str, Any], field: str, where: Path) -> list[tuple[Any, Any]]:
+    """The regular expressions of a table with their values. Raises FormatError where a key is none."""
+    import regex
+
+    try:
+        return [(regex.compile(rf"(.*\.)?({key})$"), value) for key, value in table.items()]
+    except regex.error as error:
+        raise FormatError(f"a key of {field} is no regular expression: {error}", where) from None
+
+
 class Patterns:
     """PEFT's rank_pattern and alpha_pattern: regular expressions tried in order, all together bounded in time."""
 
@@ -251,13 +261,8 @@ class Patterns:
     def __init__(self, table: Mapping[str, Any], field: str, where: Path) -> None:
         if not isinstance(table, Mapping):
             raise FormatError(f"{field} is not a table", where)
-        import regex
-
         self.field, self.where = field, where
-        try:
-            self.rules = [(regex.compile(rf"(.*\.)?({key})$"), value) for key, value in table.items()]
-        except regex.error as error:
-            raise FormatError(f"a key of {field} is no regular expression: {error}", where) from None
+        self.rules = _compiled(table, field, where) if table else []
 
     def get(self, module: str, default: Any) -> Any:
         """The value of the first key that fits ``module``."""

@@ -33,7 +33,6 @@ from loratool.update import Dense, DoRA, LowRank, Sum, Update
 
 if TYPE_CHECKING:
     from loratool.formats.peft.rows import Row
-    from loratool.kinds.experts import Experts
     from loratool.kinds.tokens import Tokens
 
 _TRAINING_ONLY = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
@@ -207,7 +206,11 @@ def _update(
     down, up, gain = (*pair, 1.0) if embedding or place.stacked else plain_factors(config, place.rule, *pair)
     _check_groups(down, up)
     if place.stacked and (count := scales.experts_of(place.rule, down.shape[0])) > 1:
-        return _experts(pair, count, scales.alpha_of(place.rule, down.shape[0] // count), slots, scales, config)
+        from loratool.kinds.experts import Experts
+
+        alpha = scales.alpha_of(place.rule, down.shape[0] // count)
+        _without("a parameter", slots, "magnitude", "diagonal")
+        return Experts(down, up, count, alpha, scales.rank_stabilised, expert_order(config))
     low = LowRank(down, up, alpha=scales.alpha_of(place.rule, down.shape[0]), rank_stabilised=scales.rank_stabilised)
     if embedding:  # PEFT holds A [r,entries], B [dim,r]; the base's orientation is [entries,dim]
         low = replace(low, down=pair[1].T, up=pair[0].T, layer="embedding")
@@ -215,21 +218,6 @@ def _update(
         low = low.oriented("transposed")
     gain *= place.times
     return _completed(low if gain == 1.0 else low.scaled(gain), place, slots, config)
-
-
-def _experts(
-    pair: tuple[Tensor, Tensor],
-    count: int,
-    alpha: float | None,
-    slots: Mapping[str, Tensor],
-    scales: Scales,
-    config: Mapping[str, Any],
-) -> Experts:
-    """The update of a stack of experts, whose pairs are packed into one."""
-    from loratool.kinds.experts import Experts
-
-    _without("a parameter", slots, "magnitude", "diagonal")
-    return Experts(*pair, count, alpha, scales.rank_stabilised, expert_order(config))
 
 
 def _completed(low: LowRank, place: Place, slots: Mapping[str, Tensor], config: Mapping[str, Any]) -> Update:
