@@ -65,6 +65,7 @@ TERMS: dict[str, list[Update]] = {
 @pytest.mark.parametrize("strengths", [None, (1.0, -0.7), (-2.0, 0.3), (0.0, 1.0), (0.5, 0.5)])
 @pytest.mark.parametrize("name", TERMS)
 def test_sums_are_exact(name: str, strengths: tuple[float, float] | None, tmp_path: Path) -> None:
+    """diffusion trap 48, llm traps 27 and 28: of deltas, not of factors; rank-stabilised ones by their own ranks."""
     updates = TERMS[name][: 2 if strengths else 3]
     terms = list(zip(strengths or (1.0,) * 3, updates, strict=False))
     given = [adapter({"m": update}) for update in updates]

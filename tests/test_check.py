@@ -52,6 +52,7 @@ def test_a_plain_adapter_is_accepted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rule", BROKEN)
 def test_each_rule_sees_what_breaks_it(rule: str, tmp_path: Path) -> None:
+    """llm trap 20 among them: SGLang knows one rank, one alpha, and no rank stabilisation."""
     report = loratool.check(peft(tmp_path / "lora", **BROKEN[rule]), engine="sglang")
     assert [one.rule for one in report.checks if not one.ok] == [rule]
     assert not report.accepted

@@ -490,6 +490,7 @@ def test_dora_with_its_base(base: Any, lora: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_of_different_bases_are_refused(method: str, tmp_path: Path, capsys: Any) -> None:
+    """llm trap 65."""
     one = lora_file(tmp_path / "one.safetensors", {"layer": low(OUT, IN)})
     other = lora_file(tmp_path / "other.safetensors", {"layer": low(OUT, IN + 1)})
     assert run("combine", one, other, "-o", tmp_path / "out.safetensors", "--method", method) == 4

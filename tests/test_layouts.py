@@ -270,6 +270,7 @@ RENAMED = [
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize(("one", "other"), RENAMED)
 def test_names_of_both_versions_of_transformers_are_found(one: str, other: str, back: bool, tmp_path: Path) -> None:
+    """llm trap 16 among them: the modules of ViT in transformers 5."""
     theirs, ours = (one, other) if back else (other, one)
     tensors = {f"{theirs}.weight": Tensor.of(values(7, 5)), "other.norm.weight": Tensor.of(values(7))}
     base = samples.model(tmp_path / "base", tensors)

@@ -19,7 +19,7 @@ import torch
 import loratool
 from loratool.adapter import Adapter, Metadata
 from loratool.errors import FormatError, LoratoolError, LossError
-from loratool.formats import by_name
+from loratool.formats import FORMATS, by_name
 from loratool.formats import llm as shared
 from loratool.formats.base import Evidence
 from loratool.gguf import write_gguf
@@ -637,6 +637,21 @@ def test_mistral_without_parameters_is_refused_unless_told(tmp_path: Path) -> No
     llm.assert_same_deltas(adapter, loratool.read(path, base=base, reading=scaled(2.0)))
     with pytest.raises(FormatError, match="heads are unknown"):
         loratool.convert(path, tmp_path / "y", to="peft", reading=scaled(2.0))
+
+
+# -- what plain LoRA cannot say ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", [f.name for f in FORMATS if f.writes and "dora" not in f.kinds])
+def test_a_magnitude_is_never_dropped_in_silence(format: str, tmp_path: Path) -> None:
+    """llm trap 26: PEFT's own conversion to LoRA drops it, and the weights are others'."""
+    name = "model.layers.0.self_attn.v_proj"
+    update = DoRA(low(LLAMA[name], 2), Tensor.of(np.ones(LLAMA[name][0], np.float32)))
+    adapter = replace(llm.adapter({}), updates={name: update})
+    assert [loss.name for loss in by_name(format).losses(adapter)] == [name]
+    with pytest.raises(LossError):
+        loratool.write(adapter, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
 
 
 # -- Tinker --------------------------------------------------------------------------------------------------------

@@ -196,7 +196,10 @@ def expected_of(base: Tensor, *updates: tuple[Update, float]) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
 @pytest.mark.parametrize("strengths", [(1.0, 1.0), (0.5, -1.25), (0.0, 1.0), (0.0, 0.0)])
 def test_several_adapters_with_strengths(dtype: str, strengths: tuple[float, float], tmp_path: Path) -> None:
-    """Each is relative to the unmerged base: the order does not matter; for DoRA W + s (W' - W). llm trap 25."""
+    """Each is relative to the unmerged base: the order does not matter; for DoRA W + s (W' - W). llm trap 25.
+
+    diffusion trap 47: a strength counts once.
+    """
     base = samples.model(tmp_path / "base", weights(dtype))
     updates: list[Update] = [low(seed=20), DoRA(low(seed=30), magnitude(7))]
     loras = [lora_file(tmp_path / f"{n}", {"layers.0.q": u}) for n, u in enumerate(updates)]
@@ -618,6 +621,42 @@ def test_two_heads_of_one_name_are_refused(small: Path, tmp_path: Path) -> None:
 def test_a_quantised_weight_is_refused(q: Path, tmp_path: Path) -> None:
     tensors = {**weights(), "layers.0.q.weight": Tensor.of(np.ones((7, 5), np.int8))}
     refused(samples.model(tmp_path / "base", tensors), q, tmp_path, FormatError, r"quantised.*layers\.0\.q")
+
+
+def test_adapters_of_two_bases_are_worth_a_word(small: Path, tmp_path: Path) -> None:
+    """llm trap 65: shapes that fit both do not tell."""
+
+    def of(folder: str, name: str) -> Path:
+        config = {**samples.PEFT_CONFIG, "target_modules": ["q"], "base_model_name_or_path": name}
+        return samples.peft_folder(tmp_path / folder, samples.peft_pair("layers.0.q"), config)
+
+    one, twin, other = of("1", "org/one"), of("2", "org/one"), of("3", "org/other")
+    alike = loratool.merge(small, one, twin, out=tmp_path / "out")
+    assert not any("base models" in warning for warning in alike.warnings)
+    apart = loratool.merge(small, one, other, out=tmp_path / "apart")
+    assert "the adapters name different base models: org/one, org/other" in apart.warnings
+
+
+@pytest.mark.parametrize("insist", [False, True])
+def test_a_name_that_two_modules_end_in_means_neither(insist: bool, tmp_path: Path) -> None:
+    """llm trap 9: GPT-2 has two ``c_proj`` a block; each LoRA goes to its own, and none is counted twice."""
+    tensors = {f"h.{n}.{part}.c_proj.weight": normal(8, 8) for n in range(2) for part in ("attn", "mlp")}
+    base = samples.model(tmp_path / "base", tensors, {"model_type": "gpt2"})
+    updates = {f"transformer.{name.removesuffix('.weight')}": low(8, 8, seed=n) for n, name in enumerate(tensors)}
+    report = loratool.merge(base, lora_file(tmp_path / "x", updates), out=tmp_path / "out")
+    assert (report.modules, report.tensors_changed) == (4, 4)
+    found = values(tmp_path / "out")
+    for name, update in zip(tensors, updates.values(), strict=True):
+        turned = update.oriented("transposed")
+        np.testing.assert_allclose(found[name], expected_of(tensors[name], (turned, 1.0)), atol=3e-6)
+    for less in ("transformer.h.0.c_proj", "c_proj", "transformer.h.2.mlp.c_proj"):
+        lora = lora_file(tmp_path / less, {less: low(8, 8)})
+        if not insist:
+            with pytest.raises(MatchError, match="no target"):
+                loratool.merge(base, lora, out=tmp_path / "no")
+            continue
+        report = loratool.merge(base, lora, out=tmp_path / f"{less}-out", allow_unmatched=True)
+        assert report.tensors_changed == 0 and len(report.unmatched) == 1
 
 
 def codes(*shape: int, dtype: Any = np.uint8) -> Tensor:

@@ -90,7 +90,7 @@ def test_flipped_factors_have_the_same_delta(order: Any) -> None:
 
 
 def test_the_base_decides_the_order_and_a_square_one_does_not() -> None:
-    """llm trap 6: by the shapes of both factors; a square expert needs the model, or is refused."""
+    """llm traps 6 and 7: by the shapes of both factors; a square expert needs the model, or is refused."""
     free = experts(order="model")
     assert [one.shape for one in free.orders(None)] == [(E, O, I), (E, I, O)]
     square = Experts(normal(E * R, O), normal(O, R * E), E, 6.0, order="model")

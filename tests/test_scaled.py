@@ -56,6 +56,7 @@ def test_without_scales_the_bits_are_the_values(dtype: str, tmp_path: Path) -> N
     assert found["b.weight"].tobytes() == stored.tobytes()
 
 
+# llm trap 48: ``weight_scale_inv`` multiplies; llm trap 56: blocks of 4 and 5 are ragged at the ends of 10 and 14
 SCHEMES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "one": ("scale_weight", (), {}),
     "one of one": ("weight_scale", (1,), {}),

@@ -259,7 +259,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    """llm trap 61 among them: an LFS pointer is called one."""
+    """llm trap 61 and diffusion trap 63 among them: an LFS pointer is called one; stubs of two bytes."""
     data, message = HOSTILE[name]
     path = tmp_path / "innocent.safetensors"
     path.write_bytes(data)

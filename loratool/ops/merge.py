@@ -194,6 +194,9 @@ def _warnings(model: Model, adapters: Sequence[Adapter], outputs: Sequence[Outpu
     found = [f"copied unmerged, other forms of the same weights: {', '.join(copies[:5])}"] if copies else []
     if eight := sum(eight_bit(step) and bool(step.parts) for output in outputs for step in output.steps):
         found.append(f"{eight} weights are stored in 8 bits: merged in float32 and rounded to 8 bits again")
+    bases = sorted({adapter.metadata.base_model for adapter in adapters if adapter.metadata.base_model})
+    if len(bases) > 1:
+        found.append(f"the adapters name different base models: {', '.join(bases)}")
     if model.pickled:
         found.append("the base's weights are pickles: the output holds them as safetensors")
     said = {value for w in model.weights for value in _inputs_of(w.file.metadata).values()}
