@@ -28,7 +28,7 @@ from loratool.onnx.operands import module_names, operands, path_module
 from loratool.onnx.resolve import Site, resolve
 from loratool.tensors import Tensor
 from loratool.update import LowRank, Update
-from tests.onnx_models import MODELS, Graphs, make, quiet
+from tests.onnx_models import MODELS, Graphs, make, make_genai, quiet
 from tests.samples import normal
 
 NAMES = tuple(MODELS)
@@ -144,6 +144,15 @@ def test_a_wrapped_export_matches_by_its_tail_and_an_ambiguous_tail_is_refused(
     ]
     _, unmatched = resolve(read_graph(graph_of(tmp_path / "g.onnx", twice, {"w": ones(3, 3)})), low(fc=(3, 3)))
     assert "ambiguous: a.fc.weight, b.fc.weight" in str(unmatched[0])
+
+
+def test_no_two_axes_of_a_llama_are_alike() -> None:  # trap 38
+    """But where a test is about squares: a transposition would show."""
+    for made in (MODELS["llama"].make, make_genai):
+        config = made().config
+        sizes = (config.vocab_size, config.hidden_size, config.intermediate_size)
+        assert len({*sizes, config.num_key_value_heads * config.head_dim}) == 4
+    assert config.head_dim % 16 == 0  # of the last: genai's rotary kernel
 
 
 def test_the_name_of_an_initializer_does_not_decide(graphs: Graphs) -> None:  # trap 4

@@ -114,6 +114,14 @@ def test_metadata_and_tokenizer_files_travel(tmp_path: Path) -> None:
     assert read_safetensors(again / "adapter_model.safetensors").metadata["trained_by"] == "me"
 
 
+def test_targets_that_exist_nowhere_do_no_harm(tmp_path: Path) -> None:
+    """llm trap 12: the tensors tell what was trained; other names in the configuration are those of other models."""
+    config = CONFIG | {"target_modules": ["q", "k", "v", "q_proj"], "rank_pattern": {"nowhere": 7}}
+    adapter = loratool.read(folder_of(tmp_path / "x", config=config))
+    assert list(adapter.updates) == [MODULE] and adapter.updates[MODULE].rank == low().rank
+    assert list(loratool.read(rewritten(adapter, tmp_path)).updates) == [MODULE]
+
+
 # -- rank_pattern and alpha_pattern --------------------------------------------------------------------------
 
 PIECES = st.sampled_from(("layers", "1", "11", "q_proj", "proj", "_proj", "attn", "X", "mlp"))
