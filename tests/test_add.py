@@ -201,6 +201,29 @@ def test_dependent_factors_are_compacted_without_loss(dtype: str, tmp_path: Path
     assert error < 3e-7 and report.relative_error == pytest.approx(error, rel=1e-3)
 
 
+def test_dependent_ups_are_compacted_too(tmp_path: Path) -> None:
+    """Where the downs differ: a column of one is among those of the other."""
+    up, more = normal(20, 4, seed=1), normal(20, 2, seed=7).array()
+    one = LowRank(normal(4, 30), up, alpha=4.0)
+    other = LowRank(normal(3, 30, seed=3), Tensor.of(np.hstack((more, up.array()[:, :1]))), alpha=3.0)
+    _, made = added(tmp_path / "out", adapter({"m": one}), adapter({"m": other}))
+    whole = expected([(1.0, one), (1.0, other)])
+    assert made.updates["m"].rank == 6
+    assert np.linalg.norm(whole - dense(made.updates["m"])) < 3e-7 * np.linalg.norm(whole)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_an_adapter_added_to_itself_keeps_its_down(dtype: str, tmp_path: Path) -> None:
+    one = LowRank(normal(4, 30, dtype=dtype), normal(20, 4, dtype=dtype, seed=1), alpha=2.0)
+    twice = replace(one, alpha=6.0)
+    report, made = added(tmp_path / "out", adapter({"m": one}), adapter({"m": twice}))
+    found = made.updates["m"]
+    assert isinstance(found, LowRank) and (found.rank, found.up.dtype) == (4, dtype)
+    assert report.relative_error < 1e-13
+    assert found.down.array().tobytes() == one.down.array().tobytes()
+    assert np.array_equal(dense(found), 4 * dense(one))
+
+
 # -- the best of a rank ---------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from loratool.update import Additive, Dense, DoRA, Layer, LowRank, Update, as_lo
 
 _NOISE = 1e-7  # singular values of a float32 matrix below that share of the largest are rounding
 Term = tuple[float, Placed]  # strength, and the update in its place
+Part = tuple[float, Update, tuple[np.ndarray, np.ndarray]]  # strength, the update, and its up [o,r] and down [r,i*k]
 
 
 def add(
@@ -125,39 +126,60 @@ def _scaled(update: Additive, by: float) -> Additive:
     return update.scaled(by)
 
 
-def _low_rank_sum(
-    parts: Sequence[tuple[float, Update, tuple[np.ndarray, np.ndarray]]], choice: Choice | None
-) -> tuple[Update | None, Squares]:
+def _low_rank_sum(parts: Sequence[Part], choice: Choice | None) -> tuple[Update | None, Squares]:
     """A sum of products: stacked where that is of full rank, else through its SVD."""
-    up = np.concatenate([strength * pair[0] for strength, _, pair in parts], axis=1)
-    down = np.concatenate([pair[1] for _, _, pair in parts], axis=0)
+    products = _products(parts)
+    if not products:
+        return None, (0.0, 0.0)
+    up = np.concatenate([up for up, _, _ in products], axis=1)
+    down = np.concatenate([down for _, down, _ in products], axis=0)
     found = recompress(up, down)
     real = int((found.values > 0).sum())
     if real == 0:
         return None, (0.0, 0.0)
-    lows = [as_low_rank(update) for _, update, _ in parts]
-    scaled = [low.scaled(strength) for (strength, _, _), low in zip(parts, lows, strict=True) if low is not None]
+    groups = [lows for _, _, lows in products]
     rank = real if choice is None or choice.rank is None else choice.rank
     if rank >= up.shape[1]:
-        stacked = _stacked(scaled)
+        stacked = _stacked(groups)
         made = padded(stacked, rank) if rank > stacked.rank else stacked
     else:
         dtypes = _dtypes([update for _, update, _ in parts])
         dtype = dtypes if choice else _wider(dtypes, "F32")  # in 16 bits a compaction would not be without loss
-        first = scaled[0]
+        first = groups[0][0]
         piece = Piece(found, first.oriented("plain").shape, dtype, first.layer, first.scaling, first.rank_stabilised)
         made = piece.low_rank(rank)
     return made, (found.distance(*wide_factors(made)), found.energy)
 
 
-def _stacked(lows: Sequence[LowRank]) -> LowRank:
-    """One LoRA of all factors; those of another scaling than the first have the ratio folded into up."""
-    first = lows[0]
+def _products(parts: Sequence[Part]) -> list[tuple[np.ndarray, np.ndarray, list[LowRank]]]:
+    """Up [o,r] and down [r,i*k] of the sum, product by product, and the LoRAs that each is made of.
+
+    Those of one down are one product: A + A is as small as A, in its own dtype, and A - A is nothing.
+    """
+    found: list[tuple[np.ndarray, np.ndarray, list[LowRank]]] = []
+    for strength, update, (up, down) in parts:
+        low = as_low_rank(update)
+        assert low is not None  # it has factors
+        twin = next((n for n, one in enumerate(found) if np.array_equal(one[1], down)), None)
+        if twin is None:
+            found.append((strength * up, down, [low.scaled(strength)]))
+        else:
+            found[twin] = found[twin][0] + strength * up, down, [*found[twin][2], low.scaled(strength)]
+    return [one for one in found if one[0].any()]
+
+
+def _stacked(groups: Sequence[Sequence[LowRank]]) -> LowRank:
+    """One LoRA of all factors, one down for each group; those of another scaling have the ratio folded into up."""
+    first = groups[0][0]
     scaling = abs(first.scaling) or 1.0
-    ups = [low.up.array().astype(np.float64).reshape(-1, low.rank) * (low.scaling / scaling) for low in lows]
     shape = first.oriented("plain").shape
-    downs = [low.down.array().astype(np.float64).reshape(low.rank, *shape[1:]) for low in lows]
-    dtype = _dtypes(lows)
+
+    def wide(tensor: Tensor, *rest: int) -> np.ndarray:
+        return tensor.array().astype(np.float64).reshape(rest)
+
+    ups = [sum(wide(low.up, -1, low.rank) * (low.scaling / scaling) for low in lows) for lows in groups]
+    downs = [wide(lows[0].down, lows[0].rank, *shape[1:]) for lows in groups]
+    dtype = _dtypes([low for lows in groups for low in lows])
     up, down = exact(np.concatenate(ups, axis=1), dtype), exact(np.concatenate(downs), dtype)
     unit = LowRank(down, up, None, 1.0, first.rank_stabilised, first.layer)
     return replace(unit, alpha=scaling / unit.scaling)
