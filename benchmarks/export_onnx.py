@@ -9,14 +9,11 @@ in turn, medians. Of the peak of a verified run most is the graph's own data, ma
 from __future__ import annotations
 
 import argparse
-import shutil
-import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.merge import Figures, run
+from benchmarks.timing import in_turn, options, run, show, workplace
 
 WIDTH = 4096
 SETUP = """
@@ -80,44 +77,31 @@ def write_adapter(path: Path, layers: int, rank: int) -> None:
 
 def main() -> None:
     """Run every command in turn and print the medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, 5)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm" if Path("/dev/shm").is_dir() else "."))
-    options = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="loratool-bench-", dir=options.folder))
-    try:
-        compare(work, options)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    given = parser.parse_args()
+    with workplace(given.folder) as work:
+        compare(work, given)
 
 
-def compare(work: Path, options: argparse.Namespace) -> None:
+def compare(work: Path, given: argparse.Namespace) -> None:
     """Time the commands in turn, one warm-up round first."""
     base, adapter, out = work / "base.onnx", work / "adapter.safetensors", work / "out"
-    given = [str(base), str(adapter)]
-    run([sys.executable, "-c", SETUP, *given, str(options.layers), str(options.rank)], None)
-    export = [sys.executable, "-m", "loratool", "export-onnx", *given, "-o", str(out / "out.onnx"), "-q"]
+    files = [str(base), str(adapter)]
+    run([sys.executable, "-c", SETUP, *files, str(given.layers), str(given.rank)])
+    export = [sys.executable, "-m", "loratool", "export-onnx", *files, "-o", str(out / "out.onnx"), "-q"]
     commands = {
         "cp": ["cp", str(base), str(work / "base.data"), str(out)],
         "export-onnx --no-verify": [*export, "--no-verify"],
         "export-onnx": export,
     }
-    if options.layers * WIDTH**2 * 4 < 2 << 30:
-        commands["onnx.load and save"] = [sys.executable, "-c", WHOLE, *given, str(out / "out.onnx")]
-    figures = {name: Figures() for name in commands}
+    if given.layers * WIDTH**2 * 4 < 2 << 30:
+        commands["onnx.load and save"] = [sys.executable, "-c", WHOLE, *files, str(out / "out.onnx")]
     time.sleep(4)  # digests of files younger than that are not remembered
-    for turn in range(options.runs + 1):
-        for name, command in commands.items():
-            out.mkdir()
-            run(command, figures[name] if turn else None)
-            shutil.rmtree(out)
-    size = options.layers * WIDTH**2 * 4 / 2**30
-    print(f"{size:.2f} GiB of float32, rank {options.rank}, {options.runs} runs, medians (least to most):")
-    reference = statistics.median(figures["cp"].seconds)
-    for name, found in figures.items():
-        print(found.row(name, reference))
+    figures = in_turn(commands, given.runs, out, prepare=out.mkdir)
+    size = given.layers * WIDTH**2 * 4 / 2**30
+    show(f"{size:.2f} GiB of float32, rank {given.rank}, {given.runs} runs", figures, "cp")
 
 
 if __name__ == "__main__":

@@ -1,118 +1,143 @@
-"""`loratool extract` beside a thin SVD by torch of the same differences.
+"""`python -m benchmarks.extract`: the LoRA of a difference between two models, beside what others do.
 
-A few layers of a Llama of 1B shapes, bfloat16, TUNED a low rank and noise away from BASE. Whole processes in turn,
-medians; the worst excess is ||D - D_r|| / optimum - 1 of one module of each shape, the optimum from the thin SVD.
+Two pairs of models, TUNED a low rank and noise away from BASE: a few layers of a Llama of 1B shapes in bfloat16, and
+one layer of each shape of SDXL's UNet in float16. Whole processes in turn: loratool (its factors stored as BASE is, and
+in float32) and, with ``--mergekit BIN``, mergekit-extract-lora. In a process of their own, without reading and writing:
+a thin ``torch.linalg.svd`` of every difference and, with ``--kohya DIR``, networks/extract_lora_from_models.py of a
+checkout of kohya-ss/sd-scripts; of the Llama one module of each shape, multiplied. Run it on a quiet machine, on tmpfs.
 
     python -m benchmarks.extract [--layers 2] [--rank 16] [--runs 3] [--folder /dev/shm] [--device cpu]
+                                 [--mergekit BIN] [--kohya DIR]
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import sys
-import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-import loratool
-from benchmarks import synthetic
-from benchmarks.merge import Figures, run
+from benchmarks import peers, synthetic
+from benchmarks.timing import divisible, in_turn, options, run, show, workplace
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
 
-THIN = """
-import sys, torch
+SETUP = """
+import sys
 from pathlib import Path
-from safetensors.torch import load_file, save_file
-base, tuned, out, rank = sys.argv[1:]
-rank, made = int(rank), {}
-for path in sorted(Path(base).glob("*.safetensors")):
-    one, other = load_file(path), load_file(Path(tuned, path.name))
-    for name, weight in one.items():
-        if weight.ndim == 2:
-            up, values, down = torch.linalg.svd(other[name].float() - weight.float(), full_matrices=False)
-            root = values[:rank].sqrt()
-            made[f"{name}.up"] = (up[:, :rank] * root).to(weight.dtype).contiguous()
-            made[f"{name}.down"] = (down[:rank] * root[:, None]).to(weight.dtype).contiguous()
-            print(name, (values[rank:].double().square().sum() / values.double().square().sum()).sqrt().item())
-save_file(made, out)
+from benchmarks import extract
+extract.write_llama(Path(sys.argv[1], "llama"), int(sys.argv[2]), int(sys.argv[3]))
+extract.write_unet(Path(sys.argv[1], "sdxl"), int(sys.argv[3]))
 """
 
 
-def write_pair(work: Path, layers: int) -> tuple[Path, Path]:
-    """BASE, and TUNED: a difference of rank 24, descending, and noise of a tenth of it."""
+def write_llama(work: Path, layers: int, divide: int = 1) -> None:
+    """BASE and TUNED of a few layers."""
     base, tuned = work / "base", work / "tuned"
-    synthetic.write_base(base, replace(synthetic.LLAMA_1B, layers=layers, vocab=2048), shards=2)
+    shapes = replace(synthetic.LLAMA_1B.divided(divide), layers=layers, vocab=2048)
+    synthetic.write_base(base, shapes, shards=2)
     shutil.copytree(base, tuned, ignore=shutil.ignore_patterns("*.safetensors"))
     rng = np.random.default_rng(0)
     for path in sorted(base.glob("*.safetensors")):
         file = read_safetensors(path)
-        moved = {n: _moved(t, rng) if len(t.shape) == 2 else t for n, t in file.tensors.items()}
+        moved = {n: _moved(t, rng) if n.endswith("_proj.weight") else t for n, t in file.tensors.items()}
         write_safetensors(tuned / path.name, moved, file.metadata)
-    return base, tuned
+
+
+def write_unet(work: Path, divide: int = 1) -> None:
+    """BASE and TUNED of one layer of each shape of SDXL's UNet."""
+    from tests.diffusion import layers
+
+    work.mkdir()
+    rng = np.random.default_rng(0)
+    shapes = dict.fromkeys(shape for name, shape in layers("sdxl").items() if name.startswith("unet."))
+    base = {f"layer{n}.weight": _normal(rng, (a // divide, b // divide)) for n, (a, b) in enumerate(shapes)}
+    write_safetensors(work / "base.safetensors", base, {"format": "pt"})
+    write_safetensors(work / "tuned.safetensors", {n: _moved(t, rng) for n, t in base.items()}, {"format": "pt"})
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    return Tensor.of(rng.standard_normal(shape, np.float32) * 0.02, "F16")
 
 
 def _moved(tensor: Tensor, rng: np.random.Generator) -> Tensor:
+    """The tensor and a difference of rank 24, descending, and noise of a tenth of it."""
     out, inner = tensor.shape
     up = rng.standard_normal((out, 24), np.float32) * np.arange(1, 25, dtype=np.float32) ** -0.5
     delta = 1e-3 * (up @ rng.standard_normal((24, inner), np.float32) + 0.3 * rng.standard_normal(tensor.shape))
     return Tensor.of(tensor.float() + delta.astype(np.float32), tensor.dtype)
 
 
-def excess(base: Path, tuned: Path, out: Path, rank: int) -> float:
-    """The worst excess over the optimum, of one module of each shape, stored in float32."""
-    files = zip(sorted(base.glob("*.safetensors")), sorted(tuned.glob("*.safetensors")), strict=True)
-    pairs = [(read_safetensors(one).tensors, read_safetensors(other).tensors) for one, other in files]
-    updates, seen, worst = loratool.read(out).updates, set(), 0.0
-    for one, other in pairs:
-        for name, tensor in one.items():
-            if len(tensor.shape) == 2 and tensor.shape not in seen and name.removesuffix(".weight") in updates:
-                seen.add(tensor.shape)
-                change = other[name].float() - tensor.float()
-                values = np.linalg.svd(change, compute_uv=False).astype(np.float64)
-                miss = np.linalg.norm(change - updates[name.removesuffix(".weight")].delta())  # type: ignore[attr-defined]
-                worst = max(worst, float(miss / np.sqrt((values[rank:] ** 2).sum())) - 1)
-    return worst
+def pairs(base: Path, tuned: Path) -> dict[str, Mapping[str, Tensor]]:
+    """The differing weights of two models by module."""
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for path in sorted(base.glob("*.safetensors")) if base.is_dir() else [base]:
+        one = read_safetensors(path).tensors
+        other = read_safetensors(tuned / path.name if tuned.is_dir() else tuned).tensors
+        names = (n for n in one if n.endswith("_proj.weight") or n.startswith("layer"))
+        found |= {n.removesuffix(".weight"): {"base": one[n], "tuned": other[n]} for n in names}
+    return found
 
 
 def main() -> None:
-    """Time both in turn and print the medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print a table for each of both pairs."""
+    parser = options(__doc__, 3)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm" if Path("/dev/shm").is_dir() else "."))
     parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="loratool-bench-", dir=options.folder))
-    try:
-        compare(work, options)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    parser.add_argument("--mergekit", type=Path, help="the program mergekit-extract-lora")
+    parser.add_argument("--kohya", type=Path, help="a checkout of kohya-ss/sd-scripts")
+    divisible(parser)
+    given = parser.parse_args()
+    with workplace(given.folder) as work:
+        run([sys.executable, "-c", SETUP, str(work), str(given.layers), str(given.divide)])
+        llama, sdxl = work / "llama", work / "sdxl"
+        title = f"{given.layers} layers of Llama 1B, bf16, rank {given.rank}"
+        mergekit = [str(given.mergekit), "--base-model", str(llama / "base"), "--model", str(llama / "tuned")]
+        mergekit += ["--out-path", str(work / "out"), "--max-rank", str(given.rank), "-e", "embed_tokens"]
+        more = {"mergekit-extract-lora": mergekit} if given.mergekit else {}
+        thin = {"torch.linalg.svd, thin": ["thin"]}
+        compare(title, llama / "base", llama / "tuned", work, given, more, thin)
+        theirs = {"kohya extract_lora": ["kohya-extract", "--kohya", str(given.kohya)]} if given.kohya else {}
+        title = f"one layer of each shape of SDXL's UNet, fp16, rank {given.rank}"
+        compare(title, sdxl / "base.safetensors", sdxl / "tuned.safetensors", work, given, {}, thin | theirs)
 
 
-def compare(work: Path, options: argparse.Namespace) -> None:
-    """Time the commands, then measure the accuracy in float32."""
-    base, tuned = write_pair(work, options.layers)
-    out, rank = work / "lora", str(options.rank)
-    extract = [sys.executable, "-m", "loratool", "extract", str(base), str(tuned), "-o", str(out), "--overwrite"]
-    extract += ["--rank", rank, "--device", options.device, "-q"]
-    thin = [sys.executable, "-c", THIN, str(base), str(tuned), str(work / "thin.safetensors"), rank]
-    commands = {"loratool extract": extract, "torch.linalg.svd": thin}
-    figures = {name: Figures() for name in commands}
-    for _ in range(options.runs):
-        for name, command in commands.items():
-            run(command, figures[name])
-    print(f"{options.layers} layers of 1B shapes, bf16, rank {rank}, {options.runs} runs, median (least to most):")
-    for name, found in figures.items():
-        middle, peak = statistics.median(found.seconds), statistics.median(found.peaks) / 2**20
-        print(f"{name:18} {middle:7.2f} s ({min(found.seconds):.2f} to {max(found.seconds):.2f}) {peak:8.0f} MiB")
-    ours, theirs = (statistics.median(figures[name].seconds) for name in commands)
-    run([*extract, "--dtype", "fp32"], None)
-    print(f"{theirs / ours:.1f} times as fast; worst excess {excess(base, tuned, out, options.rank):.1e}")
+def compare(
+    title: str,
+    base: Path,
+    tuned: Path,
+    work: Path,
+    given: argparse.Namespace,
+    more: Mapping[str, list[str]],
+    theirs: Mapping[str, list[str]],
+) -> None:
+    """Time the commands in turn, then the peers on one module of each shape."""
+    out = work / "out"
+    extract = [sys.executable, "-m", "loratool", "extract", str(base), str(tuned), "-o", str(out), "-q"]
+    extract += ["--rank", str(given.rank), "--device", given.device]
+    commands = {"loratool extract": extract, "loratool extract, fp32": [*extract, "--dtype", "fp32"], **more}
+    whole = pairs(base, tuned)
+    shapes = Counter(parts["base"].shape for parts in whole.values())
+    first = {parts["base"].shape: name for name, parts in reversed(whole.items())}
+    names = {f"m{n}": name for n, name in enumerate(first.values())}
+    sample = {module: whole[name] for module, name in names.items()}
+    exact: dict[str, float] = {}
+
+    def after(name: str) -> None:
+        exact[name] = peers.excess(sample, peers.ours(out, names), given.rank)
+
+    figures = in_turn(commands, given.runs, out, after, warm_up=False)
+    for name, excess in exact.items():
+        figures[name].excess = excess
+    counts = {f"m{n}": shapes[shape] for n, shape in enumerate(first)}
+    for name, (peer, *options_) in theirs.items():
+        figures[name] = peers.ask(peer, sample, counts, given.rank, work, *options_)
+    show(f"{title}, {given.runs} runs", figures, "loratool extract")
 
 
 if __name__ == "__main__":

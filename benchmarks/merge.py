@@ -9,15 +9,11 @@ kernel accounts it). Run it on a quiet machine, on tmpfs: files on disk vary too
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from benchmarks.timing import in_turn, options, run, show, workplace
 
 PEFT = """
 import sys, torch
@@ -37,71 +33,29 @@ synthetic.write_adapter(Path(sys.argv[3]), shapes, int(sys.argv[4]))
 """
 
 
-@dataclass
-class Figures:
-    """What the runs of one command took."""
-
-    seconds: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    peaks: list[int] = field(default_factory=list)
-
-    def row(self, name: str, reference: float) -> str:
-        """One line: median (least to most) seconds, ratio to the reference, CPU seconds, peak memory."""
-        middle = statistics.median(self.seconds)
-        spread = f"({min(self.seconds):.2f} to {max(self.seconds):.2f})"
-        peak = statistics.median(self.peaks) / 2**20
-        cpu = statistics.median(self.cpu)
-        return f"{name:24} {middle:7.2f} s {spread:18} {middle / reference:6.2f} x cp {cpu:7.2f} s cpu {peak:8.0f} MiB"
-
-
-def run(command: list[str], figures: Figures | None) -> None:
-    """Run one process to its end and note what it took."""
-    began = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    if figures is not None:
-        figures.seconds.append(time.perf_counter() - began)
-        figures.cpu.append(usage.ru_utime + usage.ru_stime)
-        figures.peaks.append(usage.ru_maxrss * 1024)
-
-
 def main() -> None:
     """Run every command in turn and print the medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, 5)
     parser.add_argument("--model", choices=("1b", "8b"), default="1b")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm" if Path("/dev/shm").is_dir() else "."))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-peft", action="store_true")
-    options = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="loratool-bench-", dir=options.folder))
-    try:
-        compare(work, options)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    given = parser.parse_args()
+    with workplace(given.folder) as work:
+        compare(work, given)
 
 
-def compare(work: Path, options: argparse.Namespace) -> None:
+def compare(work: Path, given: argparse.Namespace) -> None:
     """Time the commands in turn, one warm-up round first."""
     base, adapter, out = (str(work / name) for name in ("base", "adapter", "out"))
-    run([sys.executable, "-c", SETUP, options.model, base, adapter, str(options.rank)], None)
-    merge = [sys.executable, "-m", "loratool", "merge", base, adapter, "-o", out, "--device", options.device, "-q"]
+    run([sys.executable, "-c", SETUP, given.model, base, adapter, str(given.rank)])
+    merge = [sys.executable, "-m", "loratool", "merge", base, adapter, "-o", out, "--device", given.device, "-q"]
     commands = {"cp -r": ["cp", "-r", base, out], "loratool merge": merge}
-    if not options.no_peft:
+    if not given.no_peft:
         commands["PEFT merge and save"] = [sys.executable, "-c", PEFT, base, adapter, out]
-    figures = {name: Figures() for name in commands}
     time.sleep(4)  # digests of files younger than that are not remembered
-    for turn in range(options.runs + 1):
-        for name, command in commands.items():
-            run(command, figures[name] if turn else None)
-            shutil.rmtree(out)
-    print(f"{options.model} bf16, rank {options.rank}, {options.runs} runs, medians (least to most):")
-    reference = statistics.median(figures["cp -r"].seconds)
-    for name, found in figures.items():
-        print(found.row(name, reference))
+    figures = in_turn(commands, given.runs, Path(out))
+    show(f"{given.model} bf16, rank {given.rank}, {given.runs} runs", figures, "cp -r")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,10 @@ on tmpfs.
 from __future__ import annotations
 
 import argparse
-import shutil
-import statistics
 import sys
-import tempfile
 from pathlib import Path
 
-from benchmarks.merge import Figures, run
+from benchmarks.timing import in_turn, options, run, show, workplace
 
 SETUP = """
 import sys
@@ -78,48 +75,33 @@ def write(folder: Path, layers: int, size: int, rank: int) -> None:
 
 def main() -> None:
     """Run every command in turn and print the medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, 5)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm" if Path("/dev/shm").is_dir() else "."))
     parser.add_argument("--no-onnx", action="store_true", help="leave out onnx.load and onnx.save (twice the graph)")
-    options = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="loratool-bench-", dir=options.folder))
-    try:
-        compare(work, options)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    given = parser.parse_args()
+    with workplace(given.folder) as work:
+        compare(work, given)
 
 
-def compare(work: Path, options: argparse.Namespace) -> None:
+def compare(work: Path, given: argparse.Namespace) -> None:
     """Time the commands in turn, one warm-up round first."""
-    given, out = work / "given", work / "out"
-    run([sys.executable, "-c", SETUP, str(given), *map(str, (options.layers, options.size, options.rank))], None)
-    files = [str(given / "base.onnx"), str(given / "lora.safetensors")]
+    folder, out = work / "given", work / "out"
+    run([sys.executable, "-c", SETUP, str(folder), *map(str, (given.layers, given.size, given.rank))])
+    files = [str(folder / "base.onnx"), str(folder / "lora.safetensors")]
     fold = [sys.executable, "-m", "loratool", "export-onnx", *files, "-o", str(out / "out.onnx"), "-q"]
     commands = {
-        "cp": ["cp", str(given / "base.data"), str(out / "copy")],
+        "cp": ["cp", str(folder / "base.data"), str(out / "copy")],
         "loratool fold": [*fold, "--no-verify"],
         "loratool fold, proven": [*fold, "--verify"],
     }
-    if not options.no_onnx:
+    if not given.no_onnx:
         commands["onnx.load, onnx.save"] = [sys.executable, "-c", COPY, *files, str(out / "out.onnx")]
         commands["the same, added between"] = [sys.executable, "-c", BY_HAND, *files, str(out / "out.onnx")]
-    figures = {name: Figures() for name in commands}
-    for turn in range(options.runs + 1):
-        for name, command in commands.items():
-            out.mkdir()
-            run(command, figures[name] if turn else None)
-            shutil.rmtree(out)
-    size = options.layers * options.size**2 * 4 / 2**30
-    print(
-        f"{size:.2f} GiB, {options.layers} products, rank {options.rank}, {options.runs} runs, medians (least to most):"
-    )
-    reference = statistics.median(figures["cp"].seconds)
-    for name, found in figures.items():
-        print(found.row(name, reference))
+    figures = in_turn(commands, given.runs, out, prepare=out.mkdir)
+    size = given.layers * given.size**2 * 4 / 2**30
+    show(f"{size:.2f} GiB, {given.layers} products, rank {given.rank}, {given.runs} runs", figures, "cp")
 
 
 if __name__ == "__main__":

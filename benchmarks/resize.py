@@ -1,144 +1,155 @@
-"""`python -m benchmarks.resize`: another rank for whole adapters, beside what others do.
+"""`python -m benchmarks.resize`: another rank for whole adapters, and SVD combination, beside what others do.
 
-loratool as whole processes in turn with ``cp`` of the file (medians; wall, CPU and peak memory by ``os.wait4``), on a
-Llama of 1B (112 modules) and on the UNet of SDXL (722 modules). Beside it what peers do in the same machine's time: the
-dense ``torch.linalg.svd`` that kohya's resize takes of every product, measured on one module of each shape and
-multiplied, and PEFT's ``add_weighted_adapter(combination_type="svd")`` on one layer of the Llama. Run it on a quiet
-machine, on tmpfs.
+loratool as whole processes in turn with ``cp`` of the file, on a Llama of 1B (112 modules) and on the UNet of SDXL (722
+modules). The peers take minutes to hours: one module of each shape is timed and multiplied, without their reading and
+writing. They are the dense thin ``torch.linalg.svd`` of the product; PEFT's ``add_weighted_adapter`` by SVD of two
+adapters (beside ``loratool combine --method svd``); and, with ``--kohya DIR``, networks/resize_lora.py of a checkout of
+kohya-ss/sd-scripts. Run it on a quiet machine, on tmpfs.
 
-    python -m benchmarks.resize [--rank 64] [--new 16] [--runs 3] [--folder /dev/shm] [--no-dense] [--no-peft]
+    python -m benchmarks.resize [--rank 64] [--new 16] [--runs 3] [--folder /dev/shm] [--kohya DIR] [--no-peers]
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import tempfile
-import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.merge import Figures, run
-from loratool.tensors import Tensor, read_safetensors, write_safetensors
+from benchmarks import peers
+from benchmarks.timing import Figures, divisible, in_turn, options, run, show, workplace
+from loratool.tensors import Tensor, write_safetensors
+from loratool.update import LowRank
 
 SETUP = """
 import sys
 from pathlib import Path
 from benchmarks import resize, synthetic
-work, rank = Path(sys.argv[1]), int(sys.argv[2])
-synthetic.write_adapter(work / "llama", synthetic.LLAMA_1B, rank, "BF16")
-resize.write_unet(work / "sdxl.safetensors", rank)
-"""
-PEFT = """
-import sys, time, torch
-from peft import LoraConfig, get_peft_model
-from benchmarks.synthetic import LLAMA_1B
-class Layer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        for name, (out, inner) in LLAMA_1B.projections().items():
-            setattr(self, name.replace(".", "_"), torch.nn.Linear(inner, out, bias=False))
-config = lambda: LoraConfig(r=int(sys.argv[1]), target_modules="all-linear", init_lora_weights=False)
-model = get_peft_model(Layer(), config())
-model.add_adapter("other", config())
-began = time.perf_counter()
-model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", "svd", svd_rank=int(sys.argv[2]))
-print(time.perf_counter() - began)
+work, rank, divide = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+for seed in (1, 2):
+    shapes = synthetic.LLAMA_1B.divided(divide)
+    synthetic.write_adapter(work / f"llama{seed}", shapes, rank, "BF16", seed, falling=True)
+    resize.write_unet(work / f"sdxl{seed}.safetensors", rank, seed, divide)
 """
 
 
-def write_unet(path: Path, rank: int) -> None:
-    """A kohya file of the modules of SDXL's UNet that are usually trained: 722 linear layers and 1x1 convolutions."""
+def write_unet(path: Path, rank: int, seed: int = 1, divide: int = 1) -> None:
+    """A kohya file of the modules of SDXL's UNet that are usually trained: 722 linear layers."""
     from loratool.architectures import architecture
     from tests.diffusion import layers
 
     known = architecture("sdxl")
     assert known is not None
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}
-    for name, (out, inner, *kernel) in layers("sdxl").items():
+    for name, (out, inner) in layers("sdxl").items():
         if name.startswith("unet."):
             module = known.kohya().forward[name]
-            down = rng.standard_normal((rank, inner, *kernel), dtype=np.float32) * 0.02
-            up = rng.standard_normal((out, rank, *kernel), dtype=np.float32) * 0.02
+            down = rng.standard_normal((rank, inner // divide), dtype=np.float32) * 0.02
+            up = rng.standard_normal((out // divide, rank), dtype=np.float32) * 0.02
+            up *= np.arange(1, rank + 1, dtype=np.float32) ** -0.5
             tensors[f"{module}.lora_down.weight"] = Tensor.of(down, "F16")
             tensors[f"{module}.lora_up.weight"] = Tensor.of(up, "F16")
-            tensors[f"{module}.alpha"] = Tensor.of(np.float32(rank / 2))
+            tensors[f"{module}.alpha"] = Tensor.of(np.float32(rank))
     write_safetensors(path, tensors, {"ss_network_module": "networks.lora"})
 
 
-def dense_seconds(path: Path) -> tuple[float, int]:
-    """What ``torch.linalg.svd`` of every product takes, from one module of each shape; and the modules."""
-    import torch
+@dataclass(frozen=True)
+class Sample:
+    """One module of each shape of an adapter: its factors, how often the shape occurs, and the module's name."""
 
-    shapes: Counter[tuple[int, int]] = Counter()
-    tensors = read_safetensors(path).tensors
-    for name, up in tensors.items():
-        for one, other in ((".lora_B.weight", ".lora_A.weight"), (".lora_up.weight", ".lora_down.weight")):
-            if name.endswith(one):
-                shapes[(up.shape[0], tensors[name.replace(one, other)].shape[1])] += 1
-    total = 0.0
-    for shape, count in shapes.items():
-        product = torch.randn(shape[0], 64) @ torch.randn(64, shape[1])
-        began = time.perf_counter()
-        torch.linalg.svd(product, full_matrices=False)
-        total += count * (time.perf_counter() - began)
-    return total, sum(shapes.values())
+    parts: Mapping[str, Mapping[str, Tensor]]
+    counts: Mapping[str, int]
+    names: Mapping[str, str]
+
+    @staticmethod
+    def of(one: Path, other: Path) -> Sample:
+        """The sample of an adapter, and its pairs with those of a second one; scaling goes into up."""
+        import loratool
+
+        updates, seconds = loratool.read(one).updates, loratool.read(other).updates
+        shapes = Counter(update.shape for update in updates.values())
+        first = {update.shape: name for name, update in reversed(updates.items())}
+        parts: dict[str, Mapping[str, Tensor]] = {}
+        for n, name in enumerate(first.values()):
+            pairs = (updates[name], seconds[name])
+            assert all(isinstance(low, LowRank) for low in pairs)
+            (up, down), (up2, down2) = (low.factors() for low in pairs)  # type: ignore[attr-defined]
+            dtype = updates[name].slots["up"].dtype
+            named = {"up": up, "down": down, "up2": up2, "down2": down2}
+            parts[f"m{n}"] = {part: Tensor.of(values, dtype) for part, values in named.items()}
+        counts = {f"m{n}": shapes[shape] for n, shape in enumerate(first)}
+        return Sample(parts, counts, {f"m{n}": name for n, name in enumerate(first.values())})
+
+    def single(self) -> dict[str, Mapping[str, Tensor]]:
+        """The first adapter's factors alone."""
+        return {m: {part: t for part, t in found.items() if not part.endswith("2")} for m, found in self.parts.items()}
 
 
 def main() -> None:
-    """Print the figures of both adapters."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print a table for each of both adapters."""
+    parser = options(__doc__, 3)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--new", type=int, default=16)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm" if Path("/dev/shm").is_dir() else "."))
-    parser.add_argument("--no-dense", action="store_true")
-    parser.add_argument("--no-peft", action="store_true")
-    options = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="loratool-bench-", dir=options.folder))
-    try:
-        run([sys.executable, "-c", SETUP, str(work), str(options.rank)], None)  # children inherit their parent's peak
-        compare("Llama 1B, bf16", work / "llama", work / "llama" / "adapter_model.safetensors", options)
-        compare("SDXL UNet, fp16", work / "sdxl.safetensors", work / "sdxl.safetensors", options)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    if not options.no_peft:
-        import subprocess
-
-        command = [sys.executable, "-c", PEFT, str(options.rank), str(options.new)]
-        seconds = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(f"PEFT add_weighted_adapter(svd) of two adapters, one layer of the Llama: {seconds:.1f} s")
+    parser.add_argument("--kohya", type=Path, help="a checkout of kohya-ss/sd-scripts")
+    parser.add_argument("--no-peers", action="store_true")
+    divisible(parser)
+    given = parser.parse_args()
+    with workplace(given.folder) as work:
+        run([sys.executable, "-c", SETUP, str(work), str(given.rank), str(given.divide)])
+        llama = [work / f"llama{seed}" for seed in (1, 2)]
+        compare("Llama 1B, bf16", llama, llama[0] / "adapter_model.safetensors", given)
+        sdxl = [work / f"sdxl{seed}.safetensors" for seed in (1, 2)]
+        compare("SDXL UNet, fp16", sdxl, sdxl[0], given)
 
 
-def compare(title: str, source: Path, weights: Path, options: argparse.Namespace) -> None:
-    """Time the commands in turn, one warm-up round first."""
-    out = source.parent / "out"
-    resize = [sys.executable, "-m", "loratool", "resize", str(source), "-o", str(out), "-q"]
+def compare(title: str, sources: list[Path], weights: Path, given: argparse.Namespace) -> None:
+    """Time the commands in turn, one warm-up round first, then the peers."""
+    work, new = sources[0].parent, str(given.new)
+    out = work / "out"
+    sample = Sample.of(sources[0], sources[1])
+    loratool = [sys.executable, "-m", "loratool"]
+    resize = [*loratool, "resize", str(sources[0]), "-o", str(out), "-q"]
+    both, end = [*map(str, sources)], ["-o", str(out), "-q"]
     commands = {
         "cp": ["cp", str(weights), str(out)],
-        f"--rank {options.new}": [*resize, "--rank", str(options.new)],
-        "--energy 0.9": [*resize, "--energy", "0.9"],
-        "--max-size (half)": [*resize, "--max-size", str(weights.stat().st_size // 2)],
-        "add A A --rank": [
-            *(sys.executable, "-m", "loratool", "add", str(source), str(source), "-o", str(out), "-q"),
-            *("--rank", str(options.new)),
-        ],
+        f"resize --rank {new}": [*resize, "--rank", new],
+        "resize --energy 0.9": [*resize, "--energy", "0.9"],
+        "resize --max-size (half)": [*resize, "--max-size", str(weights.stat().st_size // 2)],
+        f"add A B --rank {new}": [*loratool, "add", *both, *end, "--rank", new],
+        "combine A B --method svd": [*loratool, "combine", *both, *end, "--method", "svd", "--rank", new],
+        "subtract A A": [*loratool, "subtract", both[0], both[0], *end],
+        "add A A": [*loratool, "add", both[0], both[0], *end],
     }
-    figures = {name: Figures() for name in commands}
-    for turn in range(options.runs + 1):
-        for name, command in commands.items():
-            run(command, figures[name] if turn else None)
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
-    print(f"{title}, rank {options.rank} to {options.new}, {weights.stat().st_size / 1e6:.0f} MB, {options.runs} runs:")
-    for name, found in figures.items():
-        print(found.row(name, sorted(figures["cp"].seconds)[len(figures["cp"].seconds) // 2]))
-    if not options.no_dense:
-        seconds, count = dense_seconds(weights)
-        print(f"{'torch.linalg.svd, dense':24} {seconds:7.0f} s (one of each shape, times {count} modules)")
+    exact: dict[str, float] = {}
+
+    def after(name: str) -> None:
+        parts = {f"resize --rank {new}": sample.single(), "combine A B --method svd": sample.parts}.get(name)
+        if parts is not None:
+            exact[name] = peers.excess(parts, peers.ours(out, sample.names), given.new)
+
+    figures = in_turn(commands, given.runs, out, after)
+    for name, excess in exact.items():
+        figures[name].excess = excess
+    if not given.no_peers:
+        figures |= others(sample, work, given)
+    size = weights.stat().st_size / 1e6
+    show(f"{title}, rank {given.rank} to {new}, {size:.0f} MB, {given.runs} runs", figures, "cp")
+
+
+def others(sample: Sample, work: Path, given: argparse.Namespace) -> dict[str, Figures]:
+    """What peers take for all modules, from one of each shape."""
+    one, counts, new = sample.single(), sample.counts, given.new
+    found = {"torch.linalg.svd, thin": peers.ask("thin", one, counts, new, work)}
+    if len(counts) < 6:  # those of SDXL are as many minutes again, and say the same
+        found["PEFT add_weighted_adapter"] = peers.ask("peft", sample.parts, counts, new, work)
+    elif given.kohya:
+        found["kohya resize_lora"] = peers.ask("kohya-resize", one, counts, new, work, "--kohya", str(given.kohya))
+    return found
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -23,6 +23,10 @@ class Shapes:
     kv_heads: int
     vocab: int
     tied: bool
+
+    def divided(self, by: int) -> Shapes:
+        """A narrower model, to try a benchmark itself."""
+        return replace(self, hidden=self.hidden // by, inner=self.inner // by)
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """The linear layers of one block, [out, in]."""
@@ -80,16 +84,19 @@ def write_base(folder: Path, shapes: Shapes, dtype: str = "BF16", shards: int = 
     (folder / "config.json").write_text(json.dumps(_config(shapes, dtype)))
 
 
-def write_adapter(folder: Path, shapes: Shapes, rank: int = 16, dtype: str = "F32") -> None:
-    """A PEFT LoRA on every linear layer."""
+def write_adapter(
+    folder: Path, shapes: Shapes, rank: int = 16, dtype: str = "F32", seed: int = 1, falling: bool = False
+) -> None:
+    """A PEFT LoRA on every linear layer; with ``falling`` its spectrum is no plateau."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
+    fall = np.arange(1, rank + 1, dtype=np.float32) ** (-0.5 if falling else 0)
     tensors: dict[str, Tensor] = {}
     for layer in range(shapes.layers):
         for leaf, (out, inner) in shapes.projections().items():
             module = f"base_model.model.model.layers.{layer}.{leaf}"
             down = rng.standard_normal((rank, inner), dtype=np.float32) * 0.02
-            up = rng.standard_normal((out, rank), dtype=np.float32) * 0.02
+            up = rng.standard_normal((out, rank), dtype=np.float32) * 0.02 * fall
             tensors[f"{module}.lora_A.weight"] = Tensor.of(down, dtype)
             tensors[f"{module}.lora_B.weight"] = Tensor.of(up, dtype)
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
