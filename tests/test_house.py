@@ -157,6 +157,14 @@ def test_inspect_reads_headers_without_torch(name: str, options: tuple[str, ...]
     assert not modules & {*HEAVY}
 
 
+@pytest.mark.parametrize("name", ["peft", "raw.safetensors", "kohya.safetensors", "diffusers.safetensors"])
+def test_a_plain_lora_is_read_without_other_kinds(name: str) -> None:
+    """What only another kind of update needs is imported when one is met."""
+    code = "import sys, loratool; loratool.read(sys.argv[1]); print(*(m for m in sys.modules if '.kinds.' in m))"
+    _, output = loaded(code, str(models.FIXTURES / "adapters" / name))
+    assert not output.split()
+
+
 @pytest.mark.parametrize("name", loratool.__all__)
 def test_the_public_face_is_lazy_and_whole(name: str) -> None:
     found = getattr(loratool, name)

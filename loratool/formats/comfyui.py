@@ -106,7 +106,7 @@ def _padded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _fit(update: Update) -> Update | str:
     """An update as ComfyUI takes it, or why it does not, though the slots have it."""
-    from loratool.formats.slots import whole
+    from loratool.formats.said import whole
     from loratool.kinds.rescale import IA3
     from loratool.kinds.rotation import BOFT, OFT, SegmentOFT
     from loratool.kinds.sparse import Sparse

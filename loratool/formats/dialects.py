@@ -596,12 +596,12 @@ def say(
 
 def _said(module: Module, layout: Layout, fit: Fit) -> dict[str, Tensor] | str:
     """The tensors of a module by slot, or why it cannot be said."""
-    from loratool.formats import slots
+    from loratool.formats.said import said, said_of_bias
 
     update = module.update if isinstance(module.update, str) else fit(module.update)
     if isinstance(update, str):
         return update
-    said = slots.said_of_bias(update, module.norm) if module.bias else slots.said(update)
-    if not isinstance(said, str) and (strange := said.keys() - layout.suffixes.keys()):
-        said = f"an update whose {' and '.join(sorted(strange))} has no place here"
-    return said
+    found = said_of_bias(update, module.norm) if module.bias else said(update)
+    if not isinstance(found, str) and (strange := found.keys() - layout.suffixes.keys()):
+        return f"an update whose {' and '.join(sorted(strange))} has no place here"
+    return found

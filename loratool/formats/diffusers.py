@@ -110,7 +110,7 @@ def _sayable(adapter: Adapter, known: Architecture | None) -> tuple[dict[str, st
 
 def _loss(update: Update, beside_dora: bool) -> str | None:
     """Why the update of a weight cannot be said."""
-    from loratool.formats.slots import plain_low_rank
+    from loratool.formats.said import plain_low_rank
 
     if isinstance(update, DoRA):
         if update.axis == 1:
@@ -160,7 +160,7 @@ def write(adapter: Adapter, path: Path) -> None:
 
 def _plain(update: Update) -> LowRank:
     """The LoRA of an update that has one: its direction where it is a DoRA."""
-    from loratool.formats.slots import plain_low_rank
+    from loratool.formats.said import plain_low_rank
 
     low = plain_low_rank(update.direction if isinstance(update, DoRA) else update)
     assert low is not None  # losses() said so

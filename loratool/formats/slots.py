@@ -1,7 +1,7 @@
-"""The tensors of one module of an image model <-> its updates, in the words of kohya, LyCORIS, PEFT and ComfyUI.
+"""The tensors of one module of an image model -> its updates, in the words of kohya, LyCORIS, PEFT and ComfyUI.
 
-Slots are what suffixes mean (`loratool.formats.dialects.READ`). Reading takes every slot or refuses; writing says an
-update in LyCORIS' slots, which kohya's, LyCORIS' and ComfyUI's files share, or says why it cannot.
+Slots are what suffixes mean (`loratool.formats.dialects.READ`); `loratool.formats.said` is the way back. Every slot is
+taken, or refused. A kind is imported by what makes it: most files are plain LoRAs.
 Sources: kohya-ss/sd-scripts, LyCORIS 4 (`weight_list` of its modules, `extract_locon`), PEFT 0.21, OneTrainer.
 """
 
@@ -11,35 +11,33 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, replace
 from functools import reduce
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from loratool.errors import FormatError
 from loratool.formats import raw
 from loratool.keys import require_pair
-from loratool.kinds.glora import GLoRA
-from loratool.kinds.hadamard import LoHa
-from loratool.kinds.kronecker import LoKr
-from loratool.kinds.rescale import IA3
-from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, SegmentOFT
-from loratool.kinds.sparse import Sparse
 from loratool.lazy import np
 from loratool.tensors import FLOATS, Tensor
-from loratool.update import Additive, Dense, DoRA, LowRank, Replace, Sum, Update, as_low_rank
+from loratool.update import Additive, Dense, DoRA, LowRank, Replace, Update
+
+if TYPE_CHECKING:
+    from loratool.kinds.glora import GLoRA
+    from loratool.kinds.hadamard import LoHa
+    from loratool.kinds.kronecker import LoKr
+
+    Scaled = TypeVar("Scaled", LoHa, LoKr, GLoRA)
 
 Parts = Mapping[str, Update]
 """The updates of one module: "" of its weight, ".bias" of its bias."""
+Slots = dict[str, Tensor]
+Arguments = Mapping[str, Any]
 Alpha = Callable[[dict[str, Tensor], int], tuple[float | None, bool]]
 """What takes alpha out of a module's slots, or finds it elsewhere, for a rank: (alpha, rank-stabilised)."""
 
-LARGEST = 1 << 32
-"""Elements that a weight has at most: small factors may claim more, which is not multiplied out."""
 _NORM = {"w_norm": "diff", "b_norm": "diff_b"}
-_SPARSE = ("bias_indices", "bias_values", "bias_size")
+SPARSE = ("bias_indices", "bias_values", "bias_size")
 _INTEGERS = ("on_input", "scaled_oft", "reshape_weight", "bias_indices", "bias_size")
 _NO_FLOATS = ("alpha", "scale", *_INTEGERS)  # slots that may be of any dtype
-
-
-# ---------------------------------------------------------------- reading
 
 
 def build(name: str, slots: Mapping[str, Tensor], alpha: Alpha, arguments: Mapping[str, Any]) -> Parts:
@@ -55,7 +53,7 @@ def build(name: str, slots: Mapping[str, Tensor], alpha: Alpha, arguments: Mappi
             raise FormatError(f"{slot} is stored as {tensor.dtype}")
     norm = "norm" if slots.keys() & _NORM.keys() else None
     found: dict[str, list[Update]] = {"": [], ".bias": []}
-    sparse = [rest.pop(slot) for slot in _SPARSE if slot in rest]
+    sparse = [rest.pop(slot) for slot in SPARSE if slot in rest]
     for leaf, slot, kind in (("", "diff", norm or "full"), (".bias", "diff_b", norm or "bias")):
         if slot in rest:
             found[leaf].append(Dense(rest.pop(slot), 1.0, kind))
@@ -78,8 +76,10 @@ def build(name: str, slots: Mapping[str, Tensor], alpha: Alpha, arguments: Mappi
 
 def _sparse(given: list[Tensor], made: list[Update]) -> Update:
     """Single entries beside factors, with the scaling of these."""
-    if len(given) < len(_SPARSE):
-        raise FormatError(f"a part of {', '.join(_SPARSE)}, which belong together")
+    if len(given) < len(SPARSE):
+        raise FormatError(f"a part of {', '.join(SPARSE)}, which belong together")
+    from loratool.kinds.sparse import Sparse
+
     indices, values, size = given
     return Sparse(indices, values, size, made[0].scaling if made else 1.0)
 
@@ -105,10 +105,6 @@ def _decomposed(direction: Update, slots: dict[str, Tensor]) -> Update:
     return DoRA(direction, scale, raw.magnitude_axis(scale))
 
 
-Slots = dict[str, Tensor]
-Arguments = Mapping[str, Any]
-
-
 class Kind(NamedTuple):
     """A kind of update: the slots that show it, and what takes its own out of a module's slots."""
 
@@ -128,19 +124,27 @@ def _lora(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update
 
 
 def _loha(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    from loratool.kinds.hadamard import LoHa
+
     return _with_alpha(LoHa(**_taken(slots, "hada_", LoHa)), slots, alpha)
 
 
 def _lokr(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    from loratool.kinds.kronecker import LoKr
+
     return _with_alpha(LoKr(**_taken(slots, "lokr_", LoKr)), slots, alpha)
 
 
 def _glora(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    from loratool.kinds.glora import GLoRA
+
     update = _with_alpha(GLoRA(**_taken(slots, "glora_", GLoRA)), slots, alpha)
     return replace(update, rank_stabilised=is_true(arguments.get("rs_lora")))  # its stored alpha is raw
 
 
 def _ia3(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    from loratool.kinds.rescale import IA3
+
     slots.pop("alpha", None)  # it has no scaling
     if "ia3_l" in slots:
         vector = slots.pop("ia3_l")
@@ -151,6 +155,8 @@ def _ia3(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
 
 
 def _oft(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    from loratool.kinds.rotation import BOFT, OFT, SegmentOFT
+
     limit, _ = alpha(slots, 1)
     if "oft_diag" in slots:
         return OFT(slots.pop("oft_diag"), slots.pop("rescale", None), None, direct=True)
@@ -166,6 +172,8 @@ def _oft(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
 
 
 def _peft_oft(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    from loratool.kinds.rotation import PeftOFT
+
     slots.pop("alpha", None)  # it has no scaling
     blocks, scaled = slots.pop("oft_R", None), slots.pop("scaled_oft", None)
     if blocks is None:
@@ -179,6 +187,8 @@ def _peft_oft(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Up
 
 
 def _peft_boft(name: str, slots: Slots, alpha: Alpha, arguments: Arguments) -> Update:
+    from loratool.kinds.rotation import PeftBOFT
+
     if {"boft_R", "boft_s"} - slots.keys():
         raise FormatError("half of a BOFT: boft_R and boft_s belong together")
     return PeftBOFT(slots.pop("boft_R"), slots.pop("boft_s"))
@@ -207,9 +217,6 @@ def _taken(slots: Slots, prefix: str, kind: type[Update]) -> dict[str, Any]:
     return found
 
 
-Scaled = TypeVar("Scaled", LoHa, LoKr, GLoRA)
-
-
 def _with_alpha(update: Scaled, slots: Slots, alpha: Alpha) -> Scaled:
     """An update with the alpha of its module."""
     return replace(update, alpha=alpha(slots, update.rank or 0)[0])
@@ -223,165 +230,3 @@ def is_true(value: Any) -> bool:
 def is_empty(slots: Mapping[str, Tensor]) -> bool:
     """Whether a module has rank 0: it changes nothing (some tools that reduce ranks leave such)."""
     return {"down", "up"} <= set(slots) and slots["down"].shape[:1] == (0,) and slots["up"].shape[1:2] == (0,)
-
-
-# ---------------------------------------------------------------- writing
-
-
-def said(update: Update) -> Slots | str:
-    """The tensors of the update of a weight in LyCORIS' slots, or why it cannot be said in them."""
-    if isinstance(update, DoRA):
-        direction = said(update.direction)
-        if isinstance(direction, str) or "diff" in direction:
-            return direction if isinstance(direction, str) else "a DoRA of a direction without factors"
-        return {**direction, "dora_scale": _magnitude(update)}
-    say: Callable[[Any], Slots | str] = next((say for kind, say in _SAYS if isinstance(update, kind)), _say_other)
-    return say(update)
-
-
-def said_of_bias(update: Update, norm: bool) -> Slots | str:
-    """The tensors of the update of a bias, or why it cannot be said."""
-    return {"b_norm" if norm else "diff_b": whole(update)} if isinstance(update, Additive) else _REFUSED
-
-
-_REFUSED = "an update of a kind that these slots do not have"
-
-
-def _say_low_rank(low: LowRank) -> Slots | str:
-    """Factors with as many axes as the layer has: [r,i,*k] and [o,r,*1]; beside a core [r,i,*1]."""
-    if low.layer == "transposed":
-        return "a LoRA of a layer that stores its weight transposed"
-    ones = [1] * (len((low.mid or low.down).shape) - 2)
-    slots = {**low.slots, "up": low.up.reshape(*low.up.shape[:2], *ones)}
-    if low.mid is not None:
-        slots["down"] = low.down.reshape(*low.down.shape[:2], *ones)
-    told = low.scaling * low.rank if low.alpha is None or low.rank_stabilised else low.alpha
-    return _beside_alpha(slots, told, low.scaling == 0)
-
-
-def _say_loha(update: LoHa) -> Slots | str:
-    return _beside_alpha(_prefixed("hada_", update), update.explicit_alpha, update.scaling == 0)
-
-
-def _say_lokr(update: LoKr) -> Slots | str:
-    update = update.folded()
-    if update.explicit_alpha is None:  # two whole halves: it says nothing, but readers expect one
-        return _beside_alpha(_prefixed("lokr_", update), update.alpha or 1.0, False)
-    return _beside_alpha(_prefixed("lokr_", update), update.explicit_alpha, update.scaling == 0)
-
-
-def _say_glora(update: GLoRA) -> Slots | str:
-    return _beside_alpha(_prefixed("glora_", update), update.scaling * update.rank, update.scaling == 0)
-
-
-def _say_ia3(update: IA3) -> Slots | str:
-    if update.layer != "plain":
-        return "an (IA)3 of a layer that stores its weight transposed"
-    axes = len(update.weight or update.vector.shape)
-    shape = (update.vector.size,) if axes < 3 else (1, update.vector.size, *[1] * (axes - 2))
-    vector = update.vector.reshape(*shape)
-    if update.centre:
-        vector = Tensor.of(vector.float() - np.float32(update.centre))
-    return {"weight": vector, "on_input": Tensor.of(np.int64(update.on_input))}
-
-
-def _say_oft(update: OFT | BOFT) -> Slots | str:
-    if update.layer != "plain":
-        return "an OFT of a layer that stores its weight transposed"
-    direct = isinstance(update, OFT) and update.direct
-    slots = {"oft_diag" if direct else "oft_blocks": update.oft_blocks}
-    if update.rescale is not None:
-        slots["rescale"] = update.rescale.reshape(*update.rescale.shape, *[1] * (2 - len(update.rescale.shape)))
-    return _beside_alpha(slots, update.alpha or 0.0, True)
-
-
-def _say_segments(update: SegmentOFT) -> Slots | str:
-    return _beside_alpha(dict(update.slots), update.alpha or 0.0, True)
-
-
-def _say_dense(update: Dense) -> Slots | str:
-    return {"w_norm" if update.kind == "norm" else "diff": whole(update)}
-
-
-def _say_sum(update: Sum) -> Slots | str:
-    """A LoRA and single entries of its scaling stand side by side; others are added up."""
-    sparse = [part for part in update.parts if isinstance(part, Sparse)]
-    rest: list[Update] = [part for part in update.parts if not isinstance(part, Sparse)]
-    low = as_low_rank(reduce(raw.join, rest)) if rest and sparse else None
-    if low is None or len(sparse) != 1 or sparse[0].scaling != low.scaling:
-        return _say_other(update)
-    said = _say_low_rank(low)
-    own = zip(_SPARSE, sparse[0].slots.values(), strict=True)
-    return said if isinstance(said, str) else {**said, **dict(own)}
-
-
-def _say_replace(update: Replace) -> Slots | str:
-    return {"set_weight": update.value}
-
-
-def _say_other(update: Update) -> Slots | str:
-    """Other additive kinds: as the LoRA that they are, or their delta whole."""
-    low = plain_low_rank(update)
-    if low is not None:
-        return _say_low_rank(low)
-    if math.prod(update.shape) > LARGEST:
-        return f"a whole difference of shape {list(update.shape)}, larger than any weight"
-    return {"diff": whole(update)} if isinstance(update, Additive) else _REFUSED
-
-
-_SAYS: tuple[tuple[type[Update], Callable[[Any], Slots | str]], ...] = (
-    (LowRank, _say_low_rank),
-    (LoHa, _say_loha),
-    (LoKr, _say_lokr),
-    (GLoRA, _say_glora),
-    (IA3, _say_ia3),
-    (OFT, _say_oft),
-    (BOFT, _say_oft),
-    (SegmentOFT, _say_segments),
-    (Dense, _say_dense),
-    (Replace, _say_replace),
-    (Sum, _say_sum),
-)
-
-
-def _prefixed(prefix: str, update: Update) -> Slots:
-    return {prefix + slot: tensor for slot, tensor in update.slots.items()}
-
-
-def _beside_alpha(slots: Slots, alpha: float, zero: bool) -> Slots | str:
-    """Slots with a float32 alpha; why not, where that cannot hold it. ``zero``: whether it may be 0."""
-    value = np.float32(alpha)
-    if not np.isfinite(value) or (value == 0 and not zero):
-        return f"its alpha, {alpha}, is beyond float32"
-    return {**slots, "alpha": Tensor.of(value)}
-
-
-def _magnitude(update: DoRA) -> Tensor:
-    """[o,*1] of outputs, [1,i,*1] of inputs, with as many axes as the weight has."""
-    count, ones = update.magnitude.size, [1] * (len(update.shape) - 1)
-    return update.magnitude.reshape(*((count, *ones) if update.axis == 0 else (1, count, *ones[1:])))
-
-
-def whole(update: Additive) -> Tensor:
-    """A delta as one tensor, its scaling folded in: as stored where there is none, else float32."""
-    if isinstance(update, Dense) and update.scaling == 1.0:
-        return update.value
-    return Tensor("F32", update.shape, lambda start, stop: update.delta(start, stop).astype(np.float32))
-
-
-def plain_low_rank(update: Update) -> LowRank | None:
-    """The same delta as one LoRA without a Tucker core, exactly; None where there is no such form.
-
-    Where the ranks of a LoHa or of a LoKr with a factorised half multiply to the full rank, one factor is 1.
-    """
-    if not isinstance(update, LowRank) and math.prod(update.shape) > LARGEST:
-        return None
-    low = as_low_rank(update)
-    if low is not None or not isinstance(update, LoHa | LoKr) or update.rank is None:
-        return low
-    height, width = update.shape[0], math.prod(update.shape[1:])
-    one = np.eye(min(height, width), dtype=np.float32)
-    delta = whole(update)
-    if height <= width:
-        return LowRank(delta, Tensor.of(one))
-    return LowRank(Tensor.of(one).reshape(width, *update.shape[1:]), delta.reshape(height, width))
