@@ -374,3 +374,61 @@ def test_peft_loads_experts_that_were_stacked(moe: Callable[[str], Path], tmp_pa
         adapted = PeftModel.from_pretrained(model, tmp_path / "five")(tokens).logits
     assert (merged - plain).abs().max() > 1e-3
     torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- PEFT's own merge of whole families
+
+STACKS_OF = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+SMALL: dict[str, Any] = {**TINY, "pad_token_id": 0, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+OWN: dict[str, tuple[dict[str, Any], list[str]]] = {  # what differs from SMALL, and the parameters that are stacks
+    "opt": ({"ffn_dim": 24, "word_embed_proj_dim": H, "max_position_embeddings": 16}, []),
+    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None}, []),
+    "gpt_neox": ({"rotary_pct": 0.5}, []),
+    "phi3": ({}, []),
+    "qwen3_moe": ({**MODELS["qwen2_moe"], "num_hidden_layers": 2}, []),
+    "mixtral": ({}, STACKS_OF),
+    "minimax_m2": ({"num_local_experts": E}, []),
+    "deepseek_v3": (
+        {
+            **{"moe_intermediate_size": I, "n_routed_experts": E, "n_group": 1, "topk_group": 1, "q_lora_rank": 6},
+            **{"kv_lora_rank": 6, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4},
+            **{"num_experts_per_tok": 2, "num_hidden_layers": 2, "first_k_dense_replace": 1},
+        },
+        STACKS_OF,
+    ),
+    "gpt_oss": ({}, STACKS_OF),
+}
+
+
+ROUTED = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "minimax_m2")
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", OWN)
+def test_families_are_merged_as_peft_merges_them(name: str, tmp_path: Path) -> None:
+    """Every linear layer, and stacks of experts: the weights that transformers loads are those of PEFT's merge.
+
+    Where the stacks are not named, PEFT names them itself for some families, and the routers with them.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own, parameters = OWN[name]
+    torch.manual_seed(0)
+    settings = {key: value for key, value in {**SMALL, **own}.items() if value is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings))
+    model.save_pretrained(tmp_path / "base")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    config = LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", init_lora_weights=False)
+    config.target_parameters = parameters or None
+    tuned = get_peft_model(model, config)
+    tuned.save_pretrained(tmp_path / "lora")
+    wanted = tuned.merge_and_unload().state_dict()
+    loratool.merge(tmp_path / "base", tmp_path / "lora", out=tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32").state_dict()
+    changed = {key for key in before if not torch.equal(before[key], wanted[key])}
+    assert len(changed) >= 4 and any("experts" in key for key in changed) is (name in ROUTED)
+    assert {key for key in before if not torch.equal(before[key], found[key])} == changed
+    for key in changed:
+        torch.testing.assert_close(found[key], wanted[key], atol=1e-6, rtol=1e-5)

@@ -166,14 +166,18 @@ def saved_whole(parameter: str, entries: Iterable[str]) -> bool:
     return any(module.endswith(entry) for module in modules for entry in entries)
 
 
-def parameters_of(module: str, config: Mapping[str, Any], where: Path) -> list[str]:
-    """The parameters of a module that ``target_parameters`` means, in the order in which PEFT wraps them."""
-    found = set()
+def parameters_of(module: str, config: Mapping[str, Any], where: Path, wrappers: int) -> list[str]:
+    """The parameters of a module that ``target_parameters`` means, in the order in which PEFT wraps them.
+
+    A bare entry means the parameter wherever a module has it. Where not all are as many as the ``wrappers``, those are
+    meant that name the module: PEFT writes ``gate.weight`` beside ``down_proj`` for experts that transformers 5 stacks.
+    """
     modules = config.get("target_modules")
-    for entry in names(config, "target_parameters", where):
-        head, _, parameter = entry.rpartition(".")
-        if listed(module, [head]) if head else not (isinstance(modules, list) and listed(module, modules)):
-            found.add(parameter)
+    plain = isinstance(modules, list) and listed(module, modules)
+    entries = [entry.rpartition(".") for entry in names(config, "target_parameters", where)]
+    own = {parameter for head, _, parameter in entries if head and listed(module, [head])}
+    found = own | {parameter for head, _, parameter in entries if not head and not plain}
+    found = own if len(found) != wrappers == len(own) else found
     return in_order(found) or sorted(found)
 
 

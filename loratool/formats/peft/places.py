@@ -40,7 +40,7 @@ def places(grouped: Iterable[str], config: Mapping[str, Any], where: Path) -> di
             found[_only(wrappers, where)] = Place(f"{module}.in_proj_weight", module)
         elif owner != wrappers[0] and owner in attentions:
             found[_only(wrappers, where)] = Place(module, owner, times=out_proj_times(config))
-        elif parameters := parameters_of(module, config, where):
+        elif parameters := parameters_of(module, config, where, len(wrappers)):
             found.update(_parameter_places(module, wrappers, parameters, where))
         elif len(wrappers) == 1 and not wrappers[0].endswith(".base_layer"):
             found[wrappers[0]] = Place(module, module)
