@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from loratool.errors import FormatError
 from loratool.tensors import DTYPES, SafetensorsFile, Tensor, numpy_dtype
 
+_CALLED = re.compile(r"GLOBAL:? ([\w.]{1,100})")  # what torch's reader of tensors says of a function in a file
 _STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -43,7 +45,11 @@ def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # whatever a damaged pickle makes the unpickler stumble over
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        called = _CALLED.search(str(error))
+        if called:  # torch's own advice is to run it
+            raise FormatError(f"a pickle that is more than tensors: it would call {called[1]}", path) from None
+        said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        first = said.splitlines()[0] if said else type(error).__name__
         raise FormatError(f"not a readable pickle of tensors: {first[:200]}", path) from None
     if isinstance(state, dict) and "string_to_param" in state:
         raise FormatError("a textual inversion, not an adapter", path)

@@ -509,7 +509,12 @@ def test_a_hostile_pickle_does_not_run(run: Run, adapter: Path, tmp_path: Path) 
     for protocol in (2, 4):
         (adapter / "adapter_model.bin").write_bytes(pickle.dumps({"a": Hostile()}, protocol))
         for words in ((), ("--allow-pickle",)):
-            assert run("inspect", adapter, *words).code == 3
+            found = run("inspect", adapter, *words)
+            assert found.code == 3
+        assert "weights_only" not in found.err  # torch's advice is to run it
+        assert found.err.startswith(
+            ("error: a pickle that is more than tensors: it would call posix.mkdir, ", "error: not a readable pickle ")
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -520,14 +525,11 @@ diffusion/diffusers-lora-down.safetensors llm/mlx-qwen2.5-0.5b llm/peft-bin llm/
 
 
 @pytest.mark.parametrize("name", REAL.split())
-def test_real_adapters_read_or_are_refused_by_name(name: str, run: Run, real: Path) -> None:
+def test_real_adapters_are_read(name: str, run: Run, real: Path) -> None:
     found = run("inspect", real / name, "--json", "--allow-pickle")
-    if found.code == 0:
-        has(found.json, INSPECT)
-        assert found.json["modules"] > 0
-    else:
-        assert found.code == 3
-        assert re.search("cloneofsimo|attn-procs|diffusers-old|mlx", found.err)
+    assert (found.code, found.err) == (0, "")
+    has(found.json, INSPECT)
+    assert found.json["modules"] > 0
 
 
 def test_formats(run: Run) -> None:
@@ -562,6 +564,16 @@ def test_convert_json_and_provenance(to: str, run: Run, kohya: Path, tmp_path: P
     assert kept.items() <= said.items()
     again = run("compare", kohya, tmp_path / "out", "--json").json
     assert again["relative_difference"] < 1e-6
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui", "raw"])
+def test_hashes_of_the_source_do_not_stay(to: str, run: Run, kohya: Path, tmp_path: Path) -> None:
+    stale = {"sshs_model_hash": "dead", "sshs_legacy_hash": "beef", "modelspec.hash_sha256": "0xabc"}
+    save_file(load_file(kohya), tmp_path / "in", metadata(kohya) | stale | {"custom": "kept"})
+    assert run("convert", tmp_path / "in", "-o", tmp_path / "out", "--to", to).code == 0
+    said = metadata(tmp_path / "out")
+    assert said["custom"] == "kept"
+    assert not {key: value for key, value in stale.items() if said.get(key) == value}
 
 
 def test_provenance_is_of_the_last_operation(run: Run, raw: Path, tmp_path: Path) -> None:
@@ -1219,7 +1231,7 @@ def spawn(*words: Any, script: str = "", **options: Any) -> subprocess.Popen[str
     return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], **options)
 
 
-HERE = os.environ | {"PYTHONPATH": str(ROOT), "LORATOOL_CACHE": "off"}
+ALONE = os.environ | {"PYTHONPATH": str(ROOT), "LORATOOL_CACHE": "off"}
 HEAVY = ("torch", "numpy", "typer", "pydantic", "rich", "regex", "loratool.ops.merge", "loratool.plan")
 TELL = f"import atexit; atexit.register(lambda: print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr))"
 
@@ -1352,7 +1364,7 @@ def test_a_full_disk_names_the_output_and_leaves_nothing(
     """The temporary's own name, which nobody asked for, is not told."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
-    process = spawn(*words.format(base=llama, peft=peft, kohya=kohya).split(), script=limit, cwd=tmp_path, env=HERE)
+    process = spawn(*words.format(base=llama, peft=peft, kohya=kohya).split(), script=limit, cwd=tmp_path, env=ALONE)
     out, err = process.communicate()
     assert (process.returncode, out) == (1, "")
     assert err.splitlines() == [f"error: cannot write: File too large, {where}", "hint: see ulimit -f"]
@@ -1408,7 +1420,7 @@ def test_lines_fit_the_terminal(
     os.symlink(peft, "a")
     os.symlink(kohya, "k")
     master, slave = os.openpty()
-    env = HERE | {"COLUMNS": str(columns), "NO_COLOR": "1"}
+    env = ALONE | {"COLUMNS": str(columns), "NO_COLOR": "1"}
     words = command.format(base=llama, peft="a", kohya="k").split()
     shown = read_terminal(master, spawn(*words, stdout=slave, stderr=subprocess.PIPE, env=env))
     assert "\033" not in shown
@@ -1431,7 +1443,7 @@ def test_dare_by_its_short_name(run: Run, peft: Path, raw: Path, tmp_path: Path)
 @pytest.mark.parametrize("look", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
 def test_bold_is_for_terminals_that_can_and_may(look: dict[str, str], raw: Path) -> None:
     master, slave = os.openpty()
-    env = {name: value for name, value in HERE.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | look
+    env = {name: value for name, value in ALONE.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | look
     shown = read_terminal(master, spawn("inspect", raw, stdout=slave, stderr=subprocess.PIPE, env=env))
     assert ("\033[1m" in shown) is not bool(look)
     os.close(slave)

@@ -20,7 +20,7 @@ from typing import Any
 from loratool import kinds
 from loratool.adapter import Adapter, Loss, Metadata, is_bias
 from loratool.errors import FormatError
-from loratool.formats.base import Evidence, Format
+from loratool.formats.base import Evidence, Format, kept
 from loratool.keys import Layout, require_pair
 from loratool.lazy import np
 from loratool.tensors import FLOATS, SafetensorsFile, Tensor, write_safetensors
@@ -247,7 +247,7 @@ def write(adapter: Adapter, path: Path) -> None:
             tensors.update({LAYOUT.key(module, slot): tensor for slot, tensor in slots.items()})
             if more:
                 extra.setdefault(module, {}).update(more)
-    metadata = dict(adapter.metadata.strings)
+    metadata = kept(adapter.metadata.strings, tensors)
     if others:
         metadata[OTHERS] = json.dumps(others, sort_keys=True, separators=(",", ":"))
     metadata[MODULES] = json.dumps(extra, sort_keys=True, separators=(",", ":"))
