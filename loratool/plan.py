@@ -443,7 +443,7 @@ class Writer:
     """Writes the blocks of output files into a folder at known offsets; headers come last."""
 
     def __init__(self, folder: Path, outputs: Sequence[OutputFile], heads: Mapping[str, int]) -> None:
-        self._folder = folder
+        self._paths = {output.name: folder / output.name for output in outputs}
         self._offsets: dict[tuple[str, str], int] = {}
         self._fds: dict[str, int] = {}
         try:
@@ -452,7 +452,7 @@ class Writer:
                 for step in output.steps:
                     self._offsets[output.name, step.key] = position
                     position += step.nbytes
-                self._fds[output.name] = self._create(folder / output.name, position)
+                self._fds[output.name] = self._create(self._paths[output.name], position)
         except BaseException:
             self.close()
             raise
@@ -476,7 +476,7 @@ class Writer:
             try:
                 count = os.pwrite(self._fds[name], view, offset)
             except OSError as error:
-                raise cannot_write(error, self._folder / name) from None
+                raise cannot_write(error, self._paths[name]) from None
             view, offset = view[count:], offset + count
 
     def close(self) -> None:

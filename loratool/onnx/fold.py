@@ -395,6 +395,7 @@ class _Places(Writer):
     """Writes blocks where the layout has a place for them."""
 
     def __init__(self, layout: Layout, pieces: Sequence[bytes | Hole], message: Path, data: Path) -> None:
+        self._paths = {"message": message, "data": data}
         self._fds: dict[str, int] = {}
         self._places: dict[str, tuple[str, int]] = {n: ("data", at) for n, at in layout.external.items()}
         self._pieces: list[int] = []
