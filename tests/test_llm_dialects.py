@@ -15,19 +15,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import loratool
 from loratool.adapter import Adapter, Metadata
 from loratool.errors import FormatError, LoratoolError, LossError
 from loratool.formats import FORMATS, by_name
 from loratool.formats import llm as shared
-from loratool.formats.base import Evidence
+from loratool.formats.base import IMAGE_FORMATS, Evidence
 from loratool.gguf import write_gguf
 from loratool.kinds.experts import Experts
 from loratool.pickles import looks_pickled, write_pickle
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
-from loratool.update import Dense, DoRA, LowRank
+from loratool.update import Dense, DoRA, LowRank, Update
 from tests import llm
+from tests.laws import examples
 from tests.llm import CONFIG, HEAD, HIDDEN, INNER, KV, LLAMA, VOCAB, Q, delta, low
 from tests.samples import UPDATES, magnitude, normal
 
@@ -652,6 +655,51 @@ def test_a_magnitude_is_never_dropped_in_silence(format: str, tmp_path: Path) ->
     with pytest.raises(LossError):
         loratool.write(adapter, tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
+
+
+# -- from any to any -----------------------------------------------------------------------------------------------
+
+LANGUAGES = [f.name for f in FORMATS if f.writes and f.name not in (*IMAGE_FORMATS, "onnx-adapter")]
+
+
+WHOLE = {**CONFIG, "intermediate_size": INNER, "vocab_size": VOCAB}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llm.base(tmp_path_factory.mktemp("any") / "base", config=WHOLE)
+
+
+@examples(40)
+@given(data=st.data())
+def test_any_adapter_keeps_its_deltas_from_any_dialect_to_any(
+    data: st.DataObject, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever modules, ranks, alphas and dtypes; what a dialect cannot say it names, and changes nothing else."""
+    names = data.draw(st.lists(st.sampled_from(sorted(LLAMA)), min_size=1, max_size=5, unique=True), label="modules")
+    updates: dict[str, Update] = {}
+    for seed, name in enumerate(names):
+        rank, alpha = data.draw(st.integers(1, 5)), data.draw(st.sampled_from((None, 0.3, 4.0, 7e4)))
+        dtype, stable = data.draw(st.sampled_from(("F32", "BF16", "F16"))), data.draw(st.booleans())
+        layer: Any = "embedding" if name.endswith("embed_tokens") else "plain"
+        updates[name] = low(LLAMA[name], rank, alpha, dtype, 2 * seed, rank_stabilised=stable, layer=layer)
+    source = adapter = Adapter(updates, {}, Metadata("raw", base_config=WHOLE))
+    way = data.draw(st.lists(st.sampled_from(LANGUAGES), min_size=2, max_size=4), label="way")
+    out = tmp_path_factory.mktemp("way")
+    for number, to in enumerate(way):
+        format = by_name(to)
+        lost = {loss.name for loss in format.losses(adapter)}
+        if lost:
+            assert lost <= {adapter.spelling(name) for name in adapter.updates}, (to, lost)
+            continue
+        path = written(adapter, out, to, f"{number}")
+        told = shared.Uniform.of(adapter.updates.values()).scaling if to in ("loralib", "torchtune") else None
+        reading = loratool.Reading(allow_pickle=True, scaling=told)
+        adapter = loratool.read(path, base=folder, reading=reading)
+        assert not any(
+            delta(u).any() for n, u in adapter.updates.items() if n not in updates
+        )  # the rest of what is fused
+        llm.assert_same_deltas(source, replace(adapter, updates={n: adapter.updates[n] for n in updates}), 3e-6)
 
 
 # -- Tinker --------------------------------------------------------------------------------------------------------
