@@ -21,6 +21,7 @@ EXACT_SIDE = 768  # below that, the eigenvalues of the small Gram matrix cost le
 _INDEPENDENT = 1e-2  # what a column must have of its own for the Gram matrix to be used: then 12 digits are right
 _TINY = 1e-140  # its square is still a normal number
 _ROUNDING = 1e-13  # differences of sums of squares below that share are rounding
+_CANCELS = 1e-8  # a difference of squares above that share of them has eight digits
 EXCESS = 1e-4  # relative excess over the best rank-r error at which the iteration may stop
 
 
@@ -74,7 +75,7 @@ def as_like(values: np.ndarray, other: Array) -> Array:
 
 def wide(array: Array) -> Array:
     """An array in float64."""
-    return array.astype(np.float64) if isinstance(array, np.ndarray) else array.double()
+    return array.astype(np.float64, copy=False) if isinstance(array, np.ndarray) else array.double()
 
 
 def to_numpy(array: Array) -> np.ndarray:
@@ -116,18 +117,22 @@ class Recompression(Truncation):
         return Truncation(up, self.values[:rank], down, self.energy)
 
     def distance(self, up: np.ndarray, down: np.ndarray) -> float:
-        """||D - up @ down||_F^2 without the products and without cancellation.
+        """||D - up @ down||_F^2 without the products, and without cancellation where it is small.
 
         up = U P + rest, down = Q V + rest: the four parts of the difference are orthogonal to each other.
         """
         inside_up = self.inner_up.T @ (self.outer_up.T @ up)  # P [k,r]
         inside_down = (down @ self.outer_down.T) @ self.inner_down.T  # Q [r,k]
+        within = inside_up @ inside_down
+        core = float(np.square(np.diag(self.values) - within).sum())
+        rest = float(((up.T @ up) * (down @ down.T)).sum() - np.square(within).sum())
+        if core + rest > _CANCELS * self.energy:
+            return core + max(rest, 0.0)
         rest_up = up - self.outer_up @ (self.inner_up @ inside_up)
         rest_down = down - (inside_down @ self.inner_down) @ self.outer_down
         gram_up, gram_down = rest_up.T @ rest_up, rest_down @ rest_down.T
-        core = np.diag(self.values) - inside_up @ inside_down
         sides = ((inside_up.T @ inside_up) * gram_down).sum() + (gram_up * (inside_down @ inside_down.T)).sum()
-        return float(np.square(core).sum() + sides + (gram_up * gram_down).sum())
+        return core + float(sides + (gram_up * gram_down).sum())
 
 
 def recompress(up: Array, down: Array) -> Recompression:

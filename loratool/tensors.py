@@ -235,6 +235,18 @@ class Tensor:
         return all(np.array_equal(self.float(a, b), other.float(a, b)) for a, b in blocks(self))
 
 
+def peak(values: np.ndarray) -> float:
+    """The largest absolute value of floats of 16 bits or more, 0 without any; NaN where there is one, infinity next.
+
+    Without their signs the bits of floats are ordered as what they stand for, NaN last: no value is converted.
+    """
+    if not values.size:
+        return 0.0
+    size = values.dtype.itemsize
+    bits = np.dtype(f"u{size}").type
+    return float((values.view(bits) & bits((1 << 8 * size - 1) - 1)).max().view(values.dtype))
+
+
 def to_odd(values: np.ndarray) -> np.ndarray:
     """float64 values in float32, rounded to odd: rounding those to 16 bits is as rounding once (Boldo, Melquiond 2008).
 

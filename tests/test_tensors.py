@@ -21,6 +21,7 @@ from loratool.tensors import (
     content_hash,
     digest,
     numpy_dtype,
+    peak,
     read_safetensors,
     write_safetensors,
 )
@@ -313,3 +314,14 @@ def test_one_value_of_a_file_is_read_as_numpy_reads_it(
     write_safetensors(tmp_path / "x.safetensors", {"first": Tensor.of(np.ones(3, np.float32)), "x": made}, {})
     read = read_safetensors(tmp_path / "x.safetensors").tensors["x"]
     assert read.item() == float(read.array().reshape(-1)[0]) == value
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_the_largest_value_is_found_among_the_bits(dtype: str) -> None:
+    values = Tensor.of(np.random.default_rng(0).standard_normal((9, 8)) * 3, dtype).array().copy()
+    assert peak(values) == peak(-values.T) == np.abs(values.astype(np.float64)).max()
+    assert (peak(values[:0]), peak(-0 * values)) == (0, 0)
+    values[3, 3] = -np.inf
+    assert peak(values) == np.inf
+    values[2, 2] = -np.nan
+    assert np.isnan(peak(values))

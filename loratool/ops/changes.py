@@ -17,7 +17,7 @@ from loratool.names import Names, Unmatched, has_number, leaf, match, module_of
 from loratool.ops.quantised import refuse_quantised
 from loratool.plan import Part
 from loratool.scaled import LARGEST
-from loratool.tensors import FLOATS, Tensor
+from loratool.tensors import FLOATS, Tensor, blocks, peak
 from loratool.update import LowRank, Replace, Rows, Update, rows, trimmed
 
 
@@ -102,11 +102,9 @@ def check_values(adapter: Adapter, changes: Changes) -> None:
 
 def extreme(tensor: Tensor) -> float:
     """The largest absolute value of a tensor; NaN or infinity where there is one."""
-    if tensor.size == 0:
-        return 0.0
-    step = max(1, (1 << 20) * tensor.rows // max(tensor.size, 1))
-    peaks = (np.abs(tensor.float(n, min(n + step, tensor.rows))).max() for n in range(0, tensor.rows, step))
-    return float(max(peaks, key=lambda p: np.inf if np.isnan(p) else p))
+    load = tensor.load if tensor.dtype in FLOATS else tensor.float
+    found = (peak(load(start, stop)) for start, stop in blocks(tensor))
+    return max(found, key=lambda p: (np.isnan(p), p), default=0.0)
 
 
 def with_head(model: Model) -> tuple[Tie | None, Model]:

@@ -190,6 +190,8 @@ def factors_of(update: Update) -> tuple[np.ndarray, np.ndarray] | None:
     lows = lows_of(update)
     if lows is None:
         return None
+    if len(lows) == 1:
+        return wide_factors(lows[0])
     ups, downs = zip(*map(wide_factors, lows), strict=True)
     return np.concatenate(ups, axis=1), np.concatenate(downs, axis=0)
 

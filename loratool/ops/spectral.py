@@ -12,7 +12,7 @@ from loratool.errors import NumericError, UsageError
 from loratool.lazy import np
 from loratool.linalg import Truncation, allocate, error_for_energy, rank_for_error, to_numpy
 from loratool.ops.compare import product_norm
-from loratool.tensors import DTYPES, Tensor, header_bytes, numpy_dtype
+from loratool.tensors import DTYPES, Tensor, header_bytes, numpy_dtype, peak
 from loratool.update import Layer, LowRank
 
 SizeOf = Callable[[Adapter], int]  # bytes of the weights file that an adapter will make
@@ -88,8 +88,8 @@ class Piece:
         made = self.hollow(rank)
         by = 1 / math.sqrt(made.scaling)
         up, down = (to_numpy(factor) * by for factor in found.factors())
-        missing = rank - len(down)
-        up, down = np.pad(up, ((0, 0), (0, missing))), np.pad(down, ((0, missing), (0, 0)))
+        if missing := rank - len(down):
+            up, down = np.pad(up, ((0, 0), (0, missing))), np.pad(down, ((0, missing), (0, 0)))
         return replace(made, down=stored(down, made.down.dtype).reshape(*made.down.shape), up=stored(up, made.up.dtype))
 
     def hollow(self, rank: int) -> LowRank:
@@ -110,8 +110,8 @@ def zeros(dtype: str, shape: tuple[int, ...]) -> Tensor:
 def stored(values: np.ndarray, dtype: str) -> Tensor:
     """Values as a tensor, rounded once. Raises NumericError where they overflow or all vanish."""
     tensor = Tensor.of(Tensor.of(values).cast(dtype).array())
-    peak, kept = (float(np.abs(v).max(initial=0.0)) for v in (values, tensor.float()))
-    if not math.isfinite(kept) or (peak > 0 and kept == 0):
+    kept = peak(tensor.array())
+    if not math.isfinite(kept) or (kept == 0 and values.any()):
         what = "overflows" if kept else "vanishes in"
         raise NumericError(f"a factor {what} {dtype}", hint="choose a wider --dtype")
     return tensor
@@ -229,8 +229,8 @@ def factor_error(up: np.ndarray, down: np.ndarray, made: LowRank) -> tuple[float
 def wide_factors(low: LowRank) -> tuple[np.ndarray, np.ndarray]:
     """up [o,r], scaling included, and down [r,i*k] in float64, in the orientation in which factors are held."""
     plain = low.oriented("plain") if low.layer == "transposed" else low
-    up, down = plain.matrices(lambda tensor: tensor.float().astype(np.float64))
-    return up * low.scaling, down
+    up, down = plain.matrices(lambda tensor: tensor.array().astype(np.float64))
+    return up if low.scaling == 1 else up * low.scaling, down
 
 
 _STALE_STRINGS = ("ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "sshs_", "modelspec.hash_sha256")
