@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from loratool import api
 from loratool.adapter import Adapter
-from loratool.errors import FormatError, UsageError
+from loratool.architectures import architecture
+from loratool.errors import FormatError, MatchError, UsageError
 from loratool.formats import FORMATS, attn_procs, cloneofsimo, detect, diffusers_old
 from loratool.formats.base import Evidence
 from tests import diffusion, models
@@ -290,6 +292,31 @@ def test_published_files_keep_every_delta_in_every_format(
     assert len(losses) in (0, carried)
     assert all(loss.name in ("<s1>", "<s2>") for loss in losses)
     diffusion.same(source, api.read(tmp_path / "out"), list(source.updates)[::40])
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_files_are_merged_into_a_single_file(name: str, tmp_path: Path) -> None:
+    """Into the part of an SD1 checkpoint that has narrow layers; what has no place there is named, and insisted on."""
+    source, known = api.read(real(name)), architecture("sd1")
+    assert known
+    part = r"up_blocks\.3\.attentions\.2\..*attn"
+    slots = {n: known.checkpoint()[f"{n}.weight"] for n in source.updates if re.search(part, n)}
+    shapes = {name: source.updates[name].shape for name in slots}
+    weights = {slots[n].tensor: np.full(slots[n].stored(shapes[n]), 0.01 * k) for k, n in enumerate(slots)}
+    save(tmp_path / "base.safetensors", {n: torch.from_numpy(w).half() for n, w in weights.items()})
+    assert len(slots) == 8
+    with pytest.raises(MatchError, match=f"{len(source.updates) + len(source.carried) - 8} of"):
+        api.merge(tmp_path / "base.safetensors", source, out=tmp_path / "out.safetensors")
+    report = api.merge(tmp_path / "base.safetensors", source, out=tmp_path / "out.safetensors", allow_unmatched=True)
+    assert (report.modules, report.tensors_changed) == (8, 8)
+    merged, before = (diffusion.load(tmp_path / f"{which}.safetensors") for which in ("out", "base"))
+    for target, slot in slots.items():
+        update: Any = source.updates[target]
+        up, down = (update.slots[half].float().astype(np.float64) for half in ("up", "down"))
+        change = update.scaling * up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+        whole = before[slot.tensor].double().numpy() + change.reshape(before[slot.tensor].shape)
+        np.testing.assert_allclose(merged[slot.tensor].double().numpy(), whole, rtol=2**-11, atol=2**-24)
+        assert change.any() and not torch.equal(merged[slot.tensor], before[slot.tensor])
 
 
 # -- what is not read, or not written ----------------------------------------------------------------------------
