@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import loratool
+from fixtures.say import speak
 from loratool import api, cli
 from loratool.errors import LoratoolError
 from tests.laws import examples
@@ -735,6 +736,15 @@ def test_merge_and_verify_json(run: Run, llama: Path, peft: Path, tmp_path: Path
     assert len(doubt.json["failures"]) == 14
     assert all(isinstance(failure["ulps"], int) and failure["ulps"] > 0 for failure in doubt.json["failures"])
     assert doubt.err.startswith("error: 14 tensors are not what the merge gives, model.layers.0")
+
+
+def test_the_tours_models_say_what_they_learnt(run: Run, llama: Path, peft: Path, tmp_path: Path) -> None:
+    """In numpy as in transformers (`test_models`): base as it is, merged and taken back."""
+    assert speak(llama) == "The captain drinks a cup of tea."
+    run("merge", llama, peft, "-o", tmp_path / "merged", "--undo", tmp_path / "undo")
+    assert speak(tmp_path / "merged") == "The captain drinks a keg of rum, arr!"
+    run("unmerge", tmp_path / "merged", "-o", tmp_path / "base", "--undo", tmp_path / "undo")
+    assert speak(tmp_path / "base") == "The captain drinks a cup of tea."
 
 
 def test_a_merge_is_taken_back(run: Run, llama: Path, peft: Path, tmp_path: Path) -> None:
