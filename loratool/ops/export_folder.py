@@ -21,7 +21,7 @@ from loratool.onnx.folder import Given, check_folder, export_folder, name_sizes
 from loratool.onnx.graph import Graph, read_graph
 from loratool.onnx.resolve import resolve
 from loratool.onnx.verify import has_onnxruntime, onnxruntime
-from loratool.ops.export_onnx import MODES, Export, ExportReport, prepare_export, run_export
+from loratool.ops.export_onnx import MODES, Export, ExportReport, described, prepare_export, run_export
 from loratool.ops.merge import Merge, run_merge
 
 Progress = Callable[[int, int], None]
@@ -188,17 +188,6 @@ def describe(planned: FolderExport, out: str | Path) -> dict[str, Any]:
     from loratool.plan import thread_count
 
     plan, merge = planned.merge.plan, planned.merge
-    tensors = [
-        {
-            "name": step.name,
-            "action": "merge" if step.parts else "copy",
-            "dtype": step.dtype,
-            "shape": list(step.shape),
-            "bytes": step.nbytes,
-            "modules": [part.module for part in step.parts],
-        }
-        for step in plan.steps
-    ]
     return {
         "output": str(out),
         "mode": planned.mode,
@@ -209,6 +198,6 @@ def describe(planned: FolderExport, out: str | Path) -> dict[str, Any]:
         "disk_needed": 4 * plan.bytes_written,  # the merged folder, both graphs, the output
         "peak_memory": max(plan.peak_memory(thread_count()), 3 * plan.bytes_written),  # torch holds the model whole
         "threads": thread_count(),
-        "tensors": tensors,
+        "tensors": [described(step, "merge" if step.parts else "copy") for step in plan.steps],
         "warnings": list(plan.warnings),
     }

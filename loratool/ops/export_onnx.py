@@ -334,13 +334,17 @@ def describe(planned: Export | FolderExport, output: str | Path) -> dict[str, An
         "disk_needed": layout.bytes_written,
         "peak_memory": Plan((OutputFile(out.name, layout.steps, {}),)).peak_memory(threads),
         "threads": threads,
-        "tensors": [_describe(step, planned.edit) for step in layout.steps],
+        "tensors": [described(step, _action(step, planned.edit)) for step in layout.steps],
         "warnings": list(planned.warnings),
     }
 
 
-def _describe(step: Step, edit: Edit) -> dict[str, Any]:
-    action = "merge" if step.parts else "new" if step.name in edit.values else "copy"
+def _action(step: Step, edit: Edit) -> str:
+    return "merge" if step.parts else "new" if step.name in edit.values else "copy"
+
+
+def described(step: Step, action: str) -> dict[str, Any]:
+    """One tensor of a plan as plain data."""
     return {
         "name": step.name,
         "action": action,
