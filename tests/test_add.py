@@ -272,6 +272,19 @@ def test_dora_is_summed_with_its_base_only(rank: int | None, tmp_path: Path) -> 
     assert report.relative_error == pytest.approx(error / np.linalg.norm(whole), rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("what", ["add", "subtract", "combine"])
+def test_a_sum_that_depends_on_the_base_tells_how_large_it_grows(what: str, tmp_path: Path) -> None:
+    base = samples.model(tmp_path / "base", {"m.weight": normal(7, 5, seed=7)})
+    given = adapter({"m": DoRA(low(7, 5, 1), magnitude(7))}), adapter({"m": low(7, 5, 1, seed=5)})
+    options: dict[str, Any] = {"base": base, **({"method": "linear"} if what == "combine" else {})}
+    report, made = added(tmp_path / "out", *given, what=what, **options)
+    assert made.updates["m"].rank == 5 and report.ranks == {"5": 1}
+    assert report.warnings == (
+        "the exact sum of what depends on the base has rank up to 5: m (rank 2 to 5); --rank N gives a small one",
+    )
+    assert not added(tmp_path / "small", *given, what=what, rank=2, **options)[0].warnings
+
+
 # -- whole tensors --------------------------------------------------------------------------------------------
 
 

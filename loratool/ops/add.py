@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from loratool.adapter import Adapter, is_bias, parameter
 from loratool.architectures import Slot
-from loratool.errors import MatchError, NumericError, UsageError
+from loratool.errors import MatchError, NumericError, UsageError, some
 from loratool.lazy import np
 from loratool.linalg import recompress
 from loratool.model import Model
@@ -62,7 +62,21 @@ def add(
     carried = _carried(adapters, given, updates, model)
     whole = replace(adapters[0], updates=updates, carried=carried, spellings=spellings)
     found = {n: squares for n, (_, squares) in made.items() if not is_bias(n)}
-    return repacked(summarise(fresh_metadata(whole), found), stacks)
+    notes = _grown(terms, updates) if choice is None else ()
+    return repacked(summarise(fresh_metadata(whole), found, notes), stacks)
+
+
+def _grown(terms: Mapping[str, Sequence[Term]], updates: Mapping[str, Update]) -> tuple[str, ...]:
+    """What to say of changes like DoRA's: as a LoRA they are of any rank, so an exact sum may be large."""
+    based = {name for name, found in terms.items() if any(update.needs_base for _, (update, _) in found)}
+    ranks = {name: updates[name].rank or 0 for name in based & updates.keys()}
+    own = {name: sum(update.rank or 0 for _, (update, _) in terms[name]) for name in ranks}
+    grown = [name for name in ranks if ranks[name] > own[name] > 0]
+    if not grown:
+        return ()
+    most = max(ranks[name] for name in grown)
+    told = some([f"{name} (rank {own[name]} to {ranks[name]})" for name in sorted(grown)])
+    return (f"the exact sum of what depends on the base has rank up to {most}: {told}; --rank N gives a small one",)
 
 
 def subtract(

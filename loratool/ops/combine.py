@@ -101,7 +101,8 @@ def combine(
     shared_layers(adapters)
     notes = () if recipe.sparse or recipe.density is None else (f"{recipe.method} keeps every entry: no density",)
     if recipe.method == "linear":
-        return replace(add(adapters, given, recipe.rank, model), warnings=notes)
+        plain = add(adapters, given, recipe.rank, model)
+        return replace(plain, warnings=(*plain.warnings, *notes))
     stacks = stacks_of(adapters, model)
     adapters = [apart(adapter, model) for adapter in adapters]
     updates: dict[str, Update] = {}
