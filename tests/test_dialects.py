@@ -269,10 +269,41 @@ def test_diffusers_reads_its_old_names_as_the_same_modules(tmp_path: Path) -> No
     assert adapter.updates.keys() == {key.rpartition(".lora_")[0] for key in converted}
 
 
+WRITTEN = [f.name for f in FORMATS if f.writes and f.name in ("kohya", "lycoris", "diffusers", "comfyui", "raw")]
+
+
+# -- whole models ------------------------------------------------------------------------------------------------
+
+
+def assert_products(adapter: Adapter, pairs: diffusion.Pairs) -> None:
+    """The same modules; of each, what the update makes of one vector."""
+    assert adapter.updates.keys() == pairs.keys()
+    for name, (down, up) in pairs.items():
+        update: Any = adapter.updates[name]
+        vector = np.linspace(-1, 1, down[0].numel())
+        ours = [update.slots[half].float().reshape(update.slots[half].rows, -1) for half in ("up", "down")]
+        theirs = [factor.flatten(1).numpy() for factor in (up, down)]
+        one, other = (b @ (a @ vector) for b, a in (ours, theirs))
+        np.testing.assert_allclose(update.scaling * one, other, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+def test_every_module_goes_through_every_format(model: str, tmp_path: Path) -> None:
+    """The modules that diffusers' own model has, convolutions too, from each format to the next and back."""
+    pairs = factors(layers(model, conv=True), rank=1)
+    adapter = found(save(tmp_path / "source", diffusion.diffusers(pairs)), "diffusers")
+    for number, to in enumerate(("kohya", "lycoris", "comfyui", "peft", "diffusers")):
+        path = tmp_path / f"{number}"
+        assert not api.write(adapter, path, format=to)
+        adapter = api.read(path)
+        assert_products(adapter, pairs)
+        assert to == "peft" or adapter.metadata.architecture == model
+    assert diffusion.load(path).keys() == diffusion.load(tmp_path / "source").keys()
+
+
 # -- published files ---------------------------------------------------------------------------------------------
 
 
-WRITTEN = [f.name for f in FORMATS if f.writes and f.name in ("kohya", "lycoris", "diffusers", "comfyui", "raw")]
 REAL = {
     "cloneofsimo-lora_disney.safetensors": ("cloneofsimo", 192, 2),
     "diffusers-attn-procs.safetensors": ("attn-procs", 128, 0),
