@@ -119,7 +119,8 @@ def extract(
     """Write the LoRA of TUNED - BASE to ``out``: merge(BASE, out) gives TUNED up to the stated error.
 
     ``rank`` for all, or the smallest that keeps ``energy`` / reaches ``error`` (``rank`` the cap), or what loses least
-    for ``max_size`` bytes. ``include`` and ``exclude`` are regular expressions searched in module names. Raises
+    for ``max_size`` bytes. ``include`` and ``exclude`` are regular expressions searched in module names. The factors
+    are stored in the base's own dtype unless ``dtype`` is fp32, fp16 or bf16; bf16 adds 0.24% of the norm. Raises
     MatchError for models that do not fit, before the first SVD; UsageError; NumericError; LossError.
     """
     from loratool.ops.extract import extract as compute

@@ -402,7 +402,10 @@ def extract(
 
     Each difference is taken in float32 from the stored values and truncated within 1.0005 of the best error
     (`truncated_svd`); norms, biases, resized embeddings and what only TUNED has are carried whole. Factors are stored
-    in ``dtype``, the base's own where None. Both ends of tied weights get the same factors, which keeps the tie.
+    in ``dtype``, the base's own where None: rounding them to bfloat16 adds an error of 0.24% of the kept norm, to
+    float16 0.03%, at right angles to the truncation's, and is in the errors told. (Solving the second factor anew
+    against the rounded first takes back a fiftieth of that: what rounding adds lies outside the rank's own space.)
+    Both ends of tied weights get the same factors, which keeps the tie.
     ``check`` sees the adapter as it will be, of rank 1 and all zero, before the first SVD; ``size_of`` weighs one for
     ``max_size``. Raises what `survey` and ``check`` raise, and NumericError for NaN or infinities.
     """
