@@ -698,13 +698,16 @@ def _progress(what: str) -> Iterator[Progress]:
     from rich import progress as rich
     from rich.console import Console
 
-    columns = (rich.TextColumn(what), rich.BarColumn(), rich.DownloadColumn(), rich.TransferSpeedColumn())
+    columns = (
+        *(rich.TextColumn(what), rich.BarColumn(), rich.DownloadColumn()),
+        *(rich.TransferSpeedColumn(), rich.TimeRemainingColumn()),
+    )
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(what, total=None, visible=False)
 
         def advance(done: int, total: int) -> None:
             _go_on(done, total)
-            bar.update(task, completed=done, total=total)
+            bar.update(task, completed=done, total=total, visible=True)
 
         yield advance
 

@@ -1414,6 +1414,7 @@ def test_on_a_terminal_lists_are_abridged_and_a_bar_is_drawn(fixtures: Path, tmp
     real = spawn(*words, "--json", stderr=slave, stdout=subprocess.PIPE)
     bar = read_terminal(master, real)
     assert "merging" in bar
+    assert "/? bytes" not in bar  # it waits until it knows how much there is
     assert json.loads(real.stdout.read() if real.stdout else "")["modules"] == 289
     os.close(slave)
     os.close(master)
