@@ -20,7 +20,7 @@ from loratool.linalg import adaptive_svd, truncated_svd
 from loratool.model import read_model
 from loratool.ops import extract as ops
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
-from tests import models
+from tests import models, samples
 from tests.test_merge_diffusion import TINY, single_file
 
 Change = Callable[[str, np.ndarray], "np.ndarray | Tensor | None"]
@@ -391,6 +391,21 @@ def test_rank_energy_and_error(base: Callable[..., Path], tmp_path: Path) -> Non
                 assert module.needed[f"{share:.0%}"] == int((1 - error**2 < share).sum())
         whole = sum((v**2).sum() for v in spectra.values())
         assert report.relative_error == pytest.approx((lost / whole) ** 0.5)
+
+
+def test_rounding_that_passes_the_bound_takes_one_rank_more(tmp_path: Path) -> None:
+    """The error asked for is just that of rank 4: in float32 rank 4 has it, in bfloat16 the rank after."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((n, 9)))[0] for n in (40, 30))
+    values = 0.3 ** np.arange(9.0)
+    base, tuned = (
+        samples.model(tmp_path / name, {"m.weight": Tensor.of((by * (left * values) @ right.T).astype(np.float32))})
+        for name, by in (("base", 0), ("tuned", 1))
+    )
+    error = float(np.sqrt((values[4:] ** 2).sum() / (values**2).sum())) * (1 + 1e-5)
+    for dtype, rank in (("fp32", 4), ("bf16", 5)):
+        report = compute.extract(base, tuned, tmp_path / dtype, error=error, dtype=dtype)
+        assert report.modules[0].rank == rank and report.modules[0].relative_error <= error
 
 
 def test_an_error_holds_for_what_is_written(base: Callable[..., Path], tmp_path: Path) -> None:

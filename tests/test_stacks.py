@@ -170,3 +170,13 @@ def test_a_size_holds_for_stacks(tmp_path: Path) -> None:
     assert (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size <= 20_000
     with pytest.raises(UsageError, match="rank 1 of all modules is larger"):
         loratool.extract(base, tuned, max_size=4_000, out=tmp_path / "none")
+
+
+def test_a_size_is_used_by_stacks(tmp_path: Path) -> None:
+    """No further rank of all experts would fit."""
+    before, change = (normal(12, 40, 30, seed=seed).array() for seed in (0, 1))
+    base, tuned = (samples.model(tmp_path / name, {NAME: Tensor.of(v)}) for name, v in
+                   (("base", before), ("tuned", before + change)))  # fmt: skip
+    loratool.extract(base, tuned, max_size=60_000, out=tmp_path / "lora")
+    size = (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size
+    assert 60_000 - 4 * 12 * (40 + 30) - 64 < size <= 60_000
