@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import loratool
 from loratool.adapter import Adapter
 from loratool.errors import FormatError, LossError
+from loratool.formats import by_name
 from loratool.formats.peft import normalise, types
 from loratool.formats.peft.config import Patterns
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
@@ -169,6 +170,15 @@ def test_a_catastrophic_pattern_ends(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path = folder_of(tmp_path / field, tensors, CONFIG | {field: {"(a|a|aa)+(a|a)+b": 4}})
         with pytest.raises(FormatError, match=f"{field} take too long"):
             loratool.read(path)
+
+
+def test_what_peft_cannot_say_is_asked_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts one by one are tens of thousands of modules: no question of each about all others."""
+    asked: list[str] = []
+    monkeypatch.setattr("loratool.formats.peft.writing.is_in_proj", lambda name: bool(asked.append(name)))
+    many = adapter_of(**{f"layers.{n}.q_proj": low() for n in range(100)})
+    assert not by_name("peft").losses(many)
+    assert len(asked) <= 300
 
 
 def test_slow_patterns_are_bounded_together() -> None:

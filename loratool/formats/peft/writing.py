@@ -33,7 +33,9 @@ def losses(adapter: Adapter) -> list[Loss]:
         bare = (name for name in adapter.carried if not _can_carry(name, adapter, adapter.updates))
         return [Loss(adapter.spelling(name), _BARE) for name in bare]
     modules = adapter.modules()
-    reasons = {name: _loss(name, update, adapter) for name, update in adapter.updates.items()}
+    kinds = {type(update) for update in modules.values()}
+    parameters = Experts in kinds or any(map(is_in_proj, modules))
+    reasons = {name: _loss(name, u, modules, kinds, parameters) for name, u in adapter.updates.items()}
     kept = {name for name, reason in reasons.items() if reason is None}
     shared = {module for module, members in _by_parameter(adapter, kept).items() if in_order(members) is None}
     found = []
@@ -48,11 +50,10 @@ def losses(adapter: Adapter) -> list[Loss]:
     return found + [Loss(adapter.spelling(name), _BARE) for name in bare]
 
 
-def _loss(name: str, update: Update, adapter: Adapter) -> str | None:
-    """Why PEFT's LoRA cannot say one update."""
-    modules = adapter.modules()
-    kinds = {type(other) for other in modules.values()}
-    parameters = Experts in kinds or any(map(is_in_proj, modules))
+def _loss(
+    name: str, update: Update, modules: Container[str], kinds: Container[type[Update]], parameters: bool
+) -> str | None:
+    """Why PEFT's LoRA cannot say one update beside others of these ``kinds``, some of them of ``parameters``."""
     if is_bias(name):
         if parameters:
             return "a bias delta beside the LoRA of parameters; PEFT's lora_bias excludes them"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,19 @@ def patterned(values: Mapping[str, float], default: int) -> tuple[float, dict[st
     if not values:
         return default, {}
     common = Counter(values.values()).most_common(1)[0][0]
-    anchored = {name: any(other.endswith(f".{name}") for other in values) for name in values}
+    tails = {tail for name in values for tail in _tails(name)}
     return common, {
-        ("^" if anchored[name] else "") + re.escape(name).replace("\\_", "_"): value
+        ("^" if name in tails else "") + re.escape(name).replace("\\_", "_"): value
         for name, value in values.items()
         if value != common
     }
+
+
+def _tails(name: str) -> Iterator[str]:
+    """What a name ends in, from each of its dots on."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def _bias_kind(adapter: Adapter, plain: Iterable[str]) -> str:
