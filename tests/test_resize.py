@@ -25,7 +25,8 @@ from loratool.update import Dense, DoRA, LowRank, Sum, Update
 from tests import diffusion, models, samples
 from tests.samples import fingerprint, lora_file, low, magnitude, normal
 
-MATRICES = {n: u for n, u in samples.ADDITIVE.items() if n != "dense_norm"}
+MATRICES: dict[str, Any] = {n: u for n, u in samples.ADDITIVE.items() if n != "dense_norm"}
+MATRICES["sum_of_orientations"] = Sum((low(6, 6, 2), low(6, 6, 1, seed=4, layer="transposed")))
 LOW = {n: u for n, u in MATRICES.items() if isinstance(u, LowRank)}
 
 
