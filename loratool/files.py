@@ -185,7 +185,7 @@ def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
     written is removed and ``out`` stays as it was. What a killed run left behind goes first.
     """
     _sweep(out)
-    temporary = out.with_name(f".{out.name}.loratool-{_host()}-{os.getpid()}-{threading.get_ident():x}")
+    temporary = out.with_name(f"{_prefix(out)}{os.getpid()}-{threading.get_ident():x}")
     try:
         with _named(out, temporary):
             yield temporary
@@ -205,7 +205,7 @@ def staged_beside(out: Path, overwrite: bool = False) -> Iterator[Path]:
     so that it never stands beside files that are not its own.
     """
     _sweep(out)
-    temporary = out.with_name(f".{out.name}.loratool-{_host()}-{os.getpid()}-{threading.get_ident():x}")
+    temporary = out.with_name(f"{_prefix(out)}{os.getpid()}-{threading.get_ident():x}")
     temporary.mkdir()
     try:
         with _named(out.parent, temporary):
@@ -256,6 +256,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _prefix(out: Path) -> str:
+    """How the names of temporaries for ``out`` on this machine begin; of a long name by its digest."""
+    encoded = os.fsencode(out.name)
+    name = out.name if len(encoded) <= 160 else hashlib.sha256(encoded).hexdigest()
+    return f".{name}.loratool-{_host()}-"
+
+
 def _host() -> str:
     import socket
 
@@ -264,7 +271,7 @@ def _host() -> str:
 
 def _sweep(out: Path) -> None:
     """Remove what killed runs on this machine left, and give back an old output that one was about to replace."""
-    prefix = f".{out.name}.loratool-{_host()}-"
+    prefix = _prefix(out)
     for path in out.parent.glob(glob_escape(prefix) + "*"):
         pid = path.name[len(prefix) :].split("-")[0]
         if pid.isdigit() and not Path("/proc", pid).exists() and os.path.isdir("/proc"):

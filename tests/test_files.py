@@ -50,6 +50,16 @@ def test_staged_output_appears_at_the_end(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
+def test_the_longest_name_that_a_file_may_have(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / ("ü" * 127)  # 254 bytes of 255
+    for text in ("one", "two"):
+        with files.staged(out, overwrite=True) as temporary:
+            MAKERS[kind](temporary, text)
+        assert content(out) == (kind, text)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failure_leaves_nothing(kind: str, error: type[BaseException], tmp_path: Path) -> None:
     with pytest.raises(error), files.staged(tmp_path / "out") as temporary:
