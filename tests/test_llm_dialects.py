@@ -590,6 +590,18 @@ def test_mistral_s_tensors_have_one_dtype(tmp_path: Path) -> None:
     assert np.array_equal(found, low(LLAMA[wide], 4).down.cast("BF16").array())
 
 
+@pytest.mark.parametrize("format", ["mlx", "gguf", "tinker"])
+def test_what_a_format_without_float64_rounds_is_a_loss(format: str) -> None:
+    """Named by module; values that float32 holds are said in silence (CLI law 1)."""
+    module = "model.layers.1.self_attn.v_proj"
+    down, up = normal(4, LLAMA[module][1]).array().astype(np.float64), normal(LLAMA[module][0], 4)
+    exact, wide = (LowRank(Tensor.of(values), up, alpha=8.0) for values in (down, down / 3.0))
+    adapter = llm.adapter({module: LLAMA[module]}, rank=4, alpha=8.0)
+    assert not by_name(format).losses(replace(adapter, updates={module: exact}))
+    (loss,) = by_name(format).losses(replace(adapter, updates={module: wide}))
+    assert loss.name == module and "down would be rounded to float32" in loss.reason
+
+
 def test_a_scaling_that_mistral_s_dtype_cannot_hold_is_a_loss(tmp_path: Path) -> None:
     """Its 2.0 leaves a factor of 0.15 to lora_B, which bfloat16 rounds; a power of two is said exactly."""
     shapes = {name: shape for name, shape in BODY.items() if "v_proj" in name}

@@ -204,7 +204,7 @@ def losses(adapter: Adapter) -> list[Loss]:
     reason = _reason(dialect)
     for name, update in llm.said(adapter, reason).items():
         dialect.order(name, update.shape[0])
-    return llm.lost(adapter, reason)
+    return [*llm.lost(adapter, reason), *llm.rounded(adapter, reason)]
 
 
 def _reason(dialect: _Dialect) -> llm.Reason:

@@ -386,8 +386,19 @@ def multiplied(tensor: Tensor, scaling: float, unit: float) -> Tensor:
 
 
 def narrowed(tensor: Tensor) -> Tensor:
-    """A tensor for readers that have no float64."""
+    """A tensor for readers that have no float64; `rounded` says what that costs."""
     return tensor.cast("F32") if tensor.dtype == "F64" else tensor
+
+
+def rounded(adapter: Adapter, reason: Reason) -> list[Loss]:
+    """The losses of `narrowed`: what is said of float64 values that float32 does not hold."""
+    found: dict[str, Loss] = {}
+    for name, update, spelling in _apart(adapter):
+        doubles = {slot: tensor for slot, tensor in update.slots.items() if tensor.dtype == "F64"}
+        wide = [slot for slot, tensor in doubles.items() if not narrowed(tensor).same_values(tensor)]
+        if wide and reason(name, update) is None:
+            found.setdefault(spelling, Loss(spelling, f"no float64: {' and '.join(wide)} would be rounded to float32"))
+    return list(found.values())
 
 
 # ---------------------------------------------------------------- experts

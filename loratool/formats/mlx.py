@@ -208,7 +208,8 @@ def _whole(key: str) -> str:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """What mlx-lm cannot say."""
-    return llm.lost(adapter, _reason(adapter))
+    reason = _reason(adapter)
+    return [*llm.lost(adapter, reason), *llm.rounded(adapter, reason)]
 
 
 def _reason(adapter: Adapter) -> llm.Reason:

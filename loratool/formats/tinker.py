@@ -148,7 +148,7 @@ def _reason(name: str, update: Update) -> str | None:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """What Tinker's adapters cannot say."""
-    return llm.lost(adapter, _reason)
+    return [*llm.lost(adapter, _reason), *llm.rounded(adapter, _reason)]
 
 
 def notes(adapter: Adapter) -> list[str]:
