@@ -433,16 +433,17 @@ def plan_export_onnx(
     from loratool.onnx.operands import modules
     from loratool.ops.export_onnx import prepare_export
 
-    if Path(base).is_dir():
+    path = existing(base, "model")
+    if path.is_dir():
         from loratool.ops.export_folder import prepare_folder
 
         if base_weights is not None:
             raise UsageError("base weights are for an .onnx base", hint="a model folder has its own")
-        merged = plan_merge(base, adapters, strengths, allow_unmatched=allow_unmatched, reading=reading)
+        merged = plan_merge(path, adapters, strengths, allow_unmatched=allow_unmatched, reading=reading)
         return prepare_folder(merged, mode, allow_unmatched)
     _check_strengths(adapters, strengths)
     reading = reading or Reading()
-    graph = read_graph(Path(base), reading.allow_links)
+    graph = read_graph(path, reading.allow_links)
     model = None if base_weights is None else model_of(base_weights, reading)
     known = modules(graph)
     loaded = [a if isinstance(a, Adapter) else _read(a, None, model, reading, known) for a in adapters]

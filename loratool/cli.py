@@ -142,7 +142,6 @@ _dtype = click.option(
 
 
 _METHODS = ("linear", "svd", "ties", "dare", "dare_linear", "dare_ties", "magnitude_prune", "knots")
-_SAME = {"dare": "dare_linear"}
 _to = click.option("--to", metavar="FORMAT", help="The format to write.  [default: the source's]")
 
 
@@ -550,7 +549,6 @@ def subtract_command(adapters: Sequence[str], json: bool, **options: Any) -> Non
     "--method",
     type=click.Choice(_METHODS),
     required=True,
-    callback=lambda context, parameter, value: _SAME.get(value, value),
     help="How; ties and dare as published.",
 )
 @click.option("--density", type=float, metavar="F", help="Share of the entries that is kept.  [default: 0.5]")

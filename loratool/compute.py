@@ -247,7 +247,7 @@ def combine(
     dry_run: bool = False,
     reading: Reading | None = None,
 ) -> ComputeReport:
-    """Write the adapters combined by ``method``: linear, svd, ties, dare_linear, dare_ties, magnitude_prune, knots.
+    """Write the adapters combined by ``method``: linear, svd, ties, dare, dare_ties, magnitude_prune, knots.
 
     ``density`` (0.5 where none is given) is the share of entries kept by the methods that drop some, ``seed`` that of
     dare; ``rank`` that of the result, else each module's largest. Raises UsageError, MatchError, NumericError.

@@ -14,12 +14,18 @@ from pathlib import Path
 from loratool.errors import LoratoolError
 
 _REFERENCE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w-][\w./-]*))?")
+_FILES = (".safetensors", ".onnx", ".onnx_adapter", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".json")
 _TRUE = ("1", "ON", "YES", "TRUE")
 
 
 def looks_hosted(text: str) -> bool:
-    """Whether a text that is no local path reads as ``org/name[@revision]``; in a folder ``org`` it is a path."""
-    return _REFERENCE.fullmatch(text) is not None and ".." not in text and not Path(text.split("/")[0]).exists()
+    """Whether a text that is no local path reads as ``org/name[@revision]``; in a folder ``org`` it is a path.
+
+    So is a file's name: a slip of the pen is no reason to ask the network.
+    """
+    if text.endswith(_FILES) or ".." in text or Path(text.split("/")[0]).exists():
+        return False
+    return _REFERENCE.fullmatch(text) is not None
 
 
 def snapshot(reference: str, what: str) -> Path:

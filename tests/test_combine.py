@@ -15,7 +15,7 @@ import loratool
 from loratool import cli
 from loratool.adapter import Adapter, Metadata
 from loratool.errors import MatchError, NumericError, UsageError
-from loratool.ops.combine import METHODS, Recipe, combine, drop, elect, tied_knots, trim
+from loratool.ops.combine import ALIASES, METHODS, Recipe, combine, drop, elect, tied_knots, trim
 from loratool.ops.spectral import Result
 from loratool.tensors import Tensor
 from loratool.update import Dense, LowRank, Update
@@ -538,7 +538,12 @@ def test_a_density_that_has_no_use_is_said_to_have_none(files: list[Path], tmp_p
 
 
 def test_the_command_line_knows_every_method() -> None:
-    assert set(cli._METHODS) == {*METHODS, *cli._SAME}
+    assert set(cli._METHODS) == {*METHODS, *ALIASES}
+
+
+def test_the_short_name_of_a_method_is_the_method() -> None:
+    assert Recipe("dare", 0.5) == Recipe("dare_linear", 0.5)
+    assert Recipe("dare").details()["method"] == "dare_linear"
 
 
 @pytest.mark.parametrize("name", ["add", "combine", "extract", "rank", "resize", "subtract"])

@@ -267,7 +267,10 @@ def test_too_little_space_is_noticed_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "hub"),
-    [("org/name", True), ("org/name@main", True), ("name", False), ("./o/n", False), ("a/b/c", False), ("/o/n", False)],
+    [
+        *(("org/name", True), ("org/name@main", True), ("org/name.onnx", False), ("org/a.safetensors", False)),
+        *(("name", False), ("./o/n", False), ("a/b/c", False), ("/o/n", False)),
+    ],
 )
 def test_what_looks_like_a_hub_reference_is_named(
     path: str, hub: bool, offline: Path, monkeypatch: pytest.MonkeyPatch

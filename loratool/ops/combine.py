@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,6 +34,7 @@ from loratool.update import Dense, Layer, LowRank, Sum, Update, as_low_rank
 
 Method = Literal["linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots"]
 METHODS: tuple[Method, ...] = ("linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots")
+ALIASES: Mapping[str, Method] = {"dare": "dare_linear"}
 DENSITY = 0.5  # where none is given
 _DEPENDENT = 1e-10  # singular values below that share of the largest are rounding of dependent updates
 _CANCELLED = 2.0**-20  # a sum below that share of its terms' magnitudes is rounding of float32 terms
@@ -50,6 +51,7 @@ class Recipe:
     rank: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", ALIASES.get(self.method, self.method))
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", hint=f"one of {', '.join(METHODS)}")
         if self.density is not None and not 0 < self.density <= 1:

@@ -11,7 +11,7 @@ from typing import Any
 from loratool.adapter import Adapter, Loss, is_bias
 from loratool.architectures import architecture
 from loratool.architectures.llm import EMBEDDING_LEAVES, experts_transposed
-from loratool.formats.base import CONFIG, IMAGE_FORMATS
+from loratool.formats.base import CONFIG, IMAGE_FORMATS, kept
 from loratool.formats.peft import tuners
 from loratool.formats.peft.config import in_order, listed, out_proj_times
 from loratool.formats.peft.keys import LAYOUT, OUT_PROJ, PREFIX, is_in_proj
@@ -36,8 +36,8 @@ def losses(adapter: Adapter) -> list[Loss]:
     kinds = {type(update) for update in modules.values()}
     parameters = Experts in kinds or any(map(is_in_proj, modules))
     reasons = {name: _loss(name, u, modules, kinds, parameters) for name, u in adapter.updates.items()}
-    kept = {name for name, reason in reasons.items() if reason is None}
-    shared = {module for module, members in _by_parameter(adapter, kept).items() if in_order(members) is None}
+    sayable = {name for name, reason in reasons.items() if reason is None}
+    shared = {module for module, members in _by_parameter(adapter, sayable).items() if in_order(members) is None}
     found = []
     for name, reason in reasons.items():
         if reason is None and is_bias(name) and name.removesuffix(".bias") not in modules:
@@ -46,7 +46,7 @@ def losses(adapter: Adapter) -> list[Loss]:
             reason = "one of several parameters of a module whose order PEFT's reader must know"
         if reason:
             found.append(Loss(adapter.spelling(name), reason))
-    bare = (name for name in adapter.carried if not _can_carry(name, adapter, kept))
+    bare = (name for name in adapter.carried if not _can_carry(name, adapter, sayable))
     return found + [Loss(adapter.spelling(name), _BARE) for name in bare]
 
 
@@ -113,11 +113,13 @@ class Wrapped:
 
 def write(adapter: Adapter, path: Path) -> None:
     """Write a PEFT folder: tensors, configuration, and the tokenizer files that travelled along."""
-    kept = _kept(adapter)
-    row = tuners.row_of(kept)
-    tensors, config = _written(kept) if row is None else _written_tuner(kept, row)
+    own = _kept(adapter)
+    row = tuners.row_of(own)
+    tensors, config = _written(own) if row is None else _written_tuner(own, row)
     path.mkdir()
-    write_safetensors(path / "adapter_model.safetensors", tensors, {"format": "pt", **adapter.metadata.strings})
+    write_safetensors(
+        path / "adapter_model.safetensors", tensors, {"format": "pt", **kept(adapter.metadata.strings, tensors)}
+    )
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False))
     for extra in adapter.metadata.extras:
         (path / extra.name).write_bytes(extra.read_bytes())
