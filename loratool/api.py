@@ -19,6 +19,7 @@ from loratool.errors import UsageError
 from loratool.files import check_space, existing, prepare_output, staged
 from loratool.formats.base import Evidence, Format
 from loratool.model import Model, read_model
+from loratool.tensors import parse_dtype
 
 if TYPE_CHECKING:
     from loratool.ops.check import CheckReport
@@ -206,7 +207,6 @@ def plan_convert(
 ) -> Conversion:
     """Work out a conversion without writing anything. Raises all that `convert` would refuse."""
     from loratool.ops.changes import Changes, check_values
-    from loratool.ops.convert import parse_dtype
 
     chosen, stored, reading = formats.to_write(to), parse_dtype(dtype), reading or Reading()
     model = None if base is None else model_of(base, reading)
@@ -326,7 +326,6 @@ def plan_merge(
     reading: Reading | None = None,
 ) -> Merge:
     """Work out a merge without writing anything: what ``--dry-run`` shows. Raises all that a merge would refuse."""
-    from loratool.ops.convert import parse_dtype
     from loratool.ops.merge import prepare_merge
 
     _check_strengths(adapters, strengths)

@@ -21,10 +21,11 @@ from loratool.lazy import np
 from loratool.model import Model
 from loratool.names import present
 from loratool.ops.changes import Changes, check_values
-from loratool.ops.convert import parse_dtype, recast, with_provenance
+from loratool.ops.convert import recast, with_provenance
 from loratool.ops.rank import RankReport, rank_adapter, rank_models
 from loratool.ops.spectral import Choice, ModuleResult, Result
 from loratool.plots import plot_ranks, prepare_plot
+from loratool.tensors import parse_dtype
 
 Progress = Callable[[int, int], None]
 

@@ -225,8 +225,9 @@ def _check_index(model: Model, name: str, index: Mapping[str, Any]) -> None:
         raise FormatError("the index has no weight_map", where)
     folder = name.rpartition("/")[0]
     shards = {w.name: w.file for w in model.weights}
-    for key, shard in weight_map.items():
+    for shard in set(weight_map.values()):
         inside(where.parent, shard)
+    for key, shard in weight_map.items():
         file = shards.get(f"{folder}/{shard}" if folder else shard)
         if file is None:
             raise FormatError(f"the shard {shard!r} is missing", where, "fetch or copy the model again")

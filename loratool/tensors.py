@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from loratool.errors import FormatError, LoratoolError
+from loratool.errors import FormatError, LoratoolError, UsageError
 from loratool.files import CHUNK, FileBytes, cannot_write, reject_foreign
 from loratool.lazy import np
 
@@ -65,6 +65,7 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
     }
 )
 _BY_NUMPY = {d.numpy: d.name for d in DTYPES.values() if d.numpy}
+_SPOKEN: Mapping[str, str | None] = {"keep": None, "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights and factors may be stored in and computed from
 
 
@@ -72,6 +73,13 @@ _SCALARS: Mapping[str, str] = {  # how `struct` reads one value; bfloat16 is the
     **{"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"},
     **{"I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B"},
 }
+
+
+def parse_dtype(name: str) -> str | None:
+    """The safetensors name of a dtype of the command line; None for ``keep``. Raises UsageError."""
+    if name not in _SPOKEN:
+        raise UsageError("unknown dtype", repr(name), f"one of {', '.join(_SPOKEN)}")
+    return _SPOKEN[name]
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from loratool import __version__
 from loratool.adapter import Adapter
-from loratool.errors import FormatError, MatchError, NumericError, UsageError, some
+from loratool.errors import FormatError, MatchError, NumericError, some
 from loratool.files import CHUNK
 from loratool.hashes import sha256
 from loratool.lazy import np
@@ -21,8 +21,6 @@ from loratool.ops.compare import norm
 from loratool.ops.spectral import Result, summarise
 from loratool.tensors import CONTENT_HASH, FLOATS, Tensor
 from loratool.update import Additive, Sum, Update
-
-DTYPES: Mapping[str, str | None] = {"keep": None, "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 def fit(adapter: Adapter, model: Model, allow_unmatched: bool = False) -> tuple[Adapter, tuple[str, ...]]:
@@ -116,13 +114,6 @@ def _each(update: Update, change) -> Update:  # type: ignore[no-untyped-def]
         elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
             changed[field.name] = tuple(map(change, value))
     return replace(update, **changed)  # type: ignore[type-var]
-
-
-def parse_dtype(name: str) -> str | None:
-    """The safetensors name of a dtype of the command line; None for ``keep``. Raises UsageError."""
-    if name not in DTYPES:
-        raise UsageError("unknown dtype", repr(name), f"one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
