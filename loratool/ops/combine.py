@@ -26,8 +26,8 @@ from loratool.ops.add import _carried as summed_carried
 from loratool.ops.add import add
 from loratool.ops.compare import Factored, Placed, blocks, placed
 from loratool.ops.replicate import shared_layers
-from loratool.ops.resize import same_shape
-from loratool.ops.spectral import Piece, Result, factor_error, fresh_metadata, summarise, wide_factors
+from loratool.ops.resize import Squares, each, same_shape
+from loratool.ops.spectral import Piece, Result, fresh_metadata, summarise, wide_factors
 from loratool.ops.stacks import apart, repacked, stacks_of
 from loratool.tensors import FLOATS, Tensor
 from loratool.update import Dense, Layer, LowRank, Sum, Update, as_low_rank
@@ -107,16 +107,18 @@ def combine(
         return replace(plain, warnings=(*plain.warnings, *notes))
     stacks = stacks_of(adapters, model)
     adapters = [apart(adapter, model) for adapter in adapters]
-    updates: dict[str, Update] = {}
-    squares: dict[str, tuple[float, float]] = {}
-    for name, terms in _aligned(adapters, given, model).items():
-        made, squares[name] = _combined(name, terms, recipe)
-        if made is not None:
-            updates[name] = made
+    terms = _aligned(adapters, given, model)
+
+    def one(name: str) -> tuple[Update | None, Squares]:
+        return _combined(name, terms[name], recipe)
+
+    # what works entry by entry holds whole matrices: one module at a time
+    made = dict(zip(terms, each(one, terms) if recipe.method == "svd" else map(one, terms), strict=True))
+    updates = {name: update for name, (update, _) in made.items() if update is not None}
     spellings = {k: v for adapter in reversed(adapters) for k, v in adapter.spellings.items()}
     carried = summed_carried(adapters, given, updates, model)
     whole = replace(adapters[0], updates=updates, carried=carried, spellings=spellings)
-    found = {n: pair for n, pair in squares.items() if not is_bias(n)}
+    found = {name: squares for name, (_, squares) in made.items() if not is_bias(name)}
     return repacked(summarise(fresh_metadata(whole), found, notes), stacks)
 
 
@@ -191,7 +193,7 @@ def _alike(update: Update, first: Update) -> Update:
 # ---------------------------------------------------------------- one module
 
 
-def _combined(name: str, terms: Sequence[_Term], recipe: Recipe) -> tuple[Update | None, tuple[float, float]]:
+def _combined(name: str, terms: Sequence[_Term], recipe: Recipe) -> tuple[Update | None, Squares]:
     """The combined update of one target, None where it is zero; squared norms of what it misses, and of the whole."""
     ranks = [_rank(term.update) for term in terms]
     rank = recipe.rank if recipe.rank is not None else max((r for r in ranks if r is not None), default=None)
@@ -232,20 +234,16 @@ def _weighted(terms: Sequence[_Term]) -> Iterator[np.ndarray]:
     return (term.dense() * np.float64(term.strength) for term in terms)
 
 
-def _from_factors(
-    terms: Sequence[_Term], rank: int, up: np.ndarray, down: np.ndarray
-) -> tuple[Update | None, tuple[float, float]]:
+def _from_factors(terms: Sequence[_Term], rank: int, up: np.ndarray, down: np.ndarray) -> tuple[Update | None, Squares]:
     found = recompress(up, down)
     scale = math.sqrt(float((up * up).sum()) * float((down * down).sum()))
     if not (found.values > _DEPENDENT * scale).any():
         return None, (0.0, 0.0)
     made = _piece(terms, found).low_rank(rank)
-    return made, factor_error(up, down, made)
+    return made, (found.distance(*wide_factors(made)), found.energy)
 
 
-def _from_dense(
-    terms: Sequence[_Term], rank: int, matrix: np.ndarray, seed: int
-) -> tuple[Update | None, tuple[float, float]]:
+def _from_dense(terms: Sequence[_Term], rank: int, matrix: np.ndarray, seed: int) -> tuple[Update | None, Squares]:
     if not matrix.any():
         return None, (0.0, 0.0)
     made = _piece(terms, truncated_svd(matrix, min(rank, *matrix.shape), abs(seed))).low_rank(rank)
@@ -271,7 +269,7 @@ def _piece(terms: Sequence[_Term], found: Truncation) -> Piece:
     return Piece(found, (found.up.shape[0], *rest), dtype, _layer(terms), scaling, stabilised)
 
 
-def _whole(terms: Sequence[_Term], values: np.ndarray) -> tuple[Update | None, tuple[float, float]]:
+def _whole(terms: Sequence[_Term], values: np.ndarray) -> tuple[Update | None, Squares]:
     """The combined update of a vector, or of a module that some adapter holds whole, stored whole in float32."""
     if not values.any():
         return None, (0.0, 0.0)

@@ -11,7 +11,6 @@ from loratool.adapter import Adapter, is_bias
 from loratool.errors import NumericError, UsageError
 from loratool.lazy import np
 from loratool.linalg import Truncation, allocate, error_for_energy, rank_for_error, to_numpy
-from loratool.ops.compare import product_norm
 from loratool.tensors import DTYPES, Tensor, header_bytes, numpy_dtype, peak
 from loratool.update import Layer, LowRank
 
@@ -217,13 +216,6 @@ def summarise(adapter: Adapter, squares: Mapping[str, tuple[float, float]], warn
         modules.append(ModuleResult(name, update.rank if update else 0, relative, max(0.0, 1 - relative**2)))
     lost, whole = (sum(pair[n] for pair in squares.values()) for n in (0, 1))
     return Result(adapter, tuple(modules), math.sqrt(lost / whole) if whole > 0 else 0.0, tuple(warnings))
-
-
-def factor_error(up: np.ndarray, down: np.ndarray, made: LowRank) -> tuple[float, float]:
-    """Squared norms of (up @ down) - made, and of up @ down, from the factors in float64."""
-    other_up, other_down = wide_factors(made)
-    lost = product_norm(np.hstack((up, -other_up)), np.vstack((down, other_down)))
-    return lost**2, product_norm(up, down) ** 2
 
 
 def wide_factors(low: LowRank) -> tuple[np.ndarray, np.ndarray]:
