@@ -1,7 +1,8 @@
 """`make bench`: a streamed merge beside ``cp -r`` and beside PEFT's merge_and_unload + save_pretrained.
 
 Whole processes, one after the other in turn, medians; peak memory is that of each process (its own VmHWM, as the
-kernel accounts it). Run it on a quiet machine, on tmpfs: files on disk vary too much to compare.
+kernel accounts it). Run it on a quiet machine, on tmpfs: files on disk vary too much to compare; there a merge is
+flushed, and a copy only where ``sync`` follows.
 
     python -m benchmarks.merge [--model 1b|8b] [--rank 16] [--runs 5] [--folder /dev/shm] [--device cpu] [--no-peft]
 """
@@ -50,7 +51,8 @@ def compare(work: Path, given: argparse.Namespace) -> None:
     base, adapter, out = (str(work / name) for name in ("base", "adapter", "out"))
     run([sys.executable, "-c", SETUP, given.model, base, adapter, str(given.rank)])
     merge = [sys.executable, "-m", "loratool", "merge", base, adapter, "-o", out, "--device", given.device, "-q"]
-    commands = {"cp -r": ["cp", "-r", base, out], "loratool merge": merge}
+    flushed = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', base, out]
+    commands = {"cp -r": ["cp", "-r", base, out], "cp -r, sync": flushed, "loratool merge": merge}
     if not given.no_peft:
         commands["PEFT merge and save"] = [sys.executable, "-c", PEFT, base, adapter, out]
     time.sleep(4)  # digests of files younger than that are not remembered
