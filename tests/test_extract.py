@@ -443,6 +443,26 @@ def test_max_size_spends_the_bytes_where_least_is_lost(to: str, base: Callable[.
         compute.extract(before, tuned, tmp_path / "small", max_size=20_000)
 
 
+def test_a_module_that_takes_far_more_than_its_share_of_the_bytes_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spectra are computed to a depth first: what takes all of it is computed further."""
+    rng = np.random.default_rng(5)
+    before = {f"{name}.weight": rng.standard_normal((64, 64), np.float32) for name in "abcdefghijkl"}
+    after = {n: v + 1e-3 * np.outer(v[0], v[1]).astype(np.float32) for n, v in before.items()}
+    after["a.weight"] = before["a.weight"] + 5 * np.linalg.qr(before["a.weight"])[0]
+    base, tuned = (
+        samples.model(tmp_path / name, {n: Tensor.of(v) for n, v in values.items()}, {})
+        for name, values in (("base", before), ("tuned", after))
+    )
+    whole = compute.extract(base, tuned, tmp_path / "whole", max_size=33_000, to="raw")
+    monkeypatch.setattr("loratool.linalg.EXACT_SIDE", 8)  # as for large modules: leading values only
+    found = compute.extract(base, tuned, tmp_path / "found", max_size=33_000, to="raw")
+    ranks = {m.module: m.rank for m in found.modules}
+    assert ranks == {m.module: m.rank for m in whole.modules}
+    assert ranks["a"] > 8 + 2 * 33_000 // (12 * 128 * 2) and set(ranks.values()) == {1, ranks["a"]}
+
+
 def test_the_same_bytes_twice_whatever_the_threads(
     base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
