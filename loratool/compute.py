@@ -299,7 +299,9 @@ def rank(
 
 
 def _read(adapters: Sequence[Source], base: Base | None, reading: Reading | None) -> _Sources:
-    """Adapters whose values are sound. Raises FormatError for an unknown scaling, NumericError for NaN."""
+    """Adapters whose values are sound. Raises UsageError for none, FormatError for an unknown scaling, NumericError."""
+    if not adapters:
+        raise UsageError("no adapter given")
     model = None if base is None else model_of(base, reading or Reading())
     found = []
     for source in adapters:

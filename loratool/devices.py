@@ -76,8 +76,9 @@ class Worker:
         kept = self._scratch("product", wide.shape, dtype)
         if np.may_share_memory(kept, wide):  # the sum so far, of several adapters
             kept = self._scratch("next product", wide.shape, dtype)
-        product = np.matmul(up, down, out=kept)
-        return np.add(product, wide, out=product if product.dtype == wide.dtype else None)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found when it is rounded
+            product = np.matmul(up, down, out=kept)
+            return np.add(product, wide, out=product if product.dtype == wide.dtype else None)
 
     def dense(self, values: Array) -> bool:
         """Whether no element is zero."""

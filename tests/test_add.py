@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -414,3 +416,9 @@ def test_overwriting(tmp_path: Path) -> None:
         with pytest.raises(LoratoolError, match="overwrite"):
             compute.add(one, two, out=out, overwrite=True)
     assert fingerprint(tmp_path) == before
+
+
+@pytest.mark.parametrize("work", [loratool.add, loratool.subtract, partial(loratool.combine, method="ties")])
+def test_without_an_adapter_there_is_nothing_to_compute(work: Callable[..., object], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no adapter given"):
+        work(out=tmp_path / "out")
