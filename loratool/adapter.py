@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loratool.errors import UsageError
 from loratool.tensors import Tensor
 from loratool.update import Update
 
@@ -82,3 +84,18 @@ def is_bias(name: str) -> bool:
 def parameter(target: str) -> str:
     """The parameter that a target means: modules stand for their weight."""
     return target if is_bias(target) else f"{target}.weight"
+
+
+def strengths_of(adapters: Sequence[object], given: Sequence[float] | None) -> tuple[float, ...]:
+    """One strength for each adapter, 1 where none are given.
+
+    Raises UsageError for no adapter at all, and for strengths that are not one finite number each.
+    """
+    if not adapters:
+        raise UsageError("no adapter given")
+    if given and len(given) != len(adapters):
+        what = f"{len(given)} strengths for {len(adapters)} adapters"
+        raise UsageError(what, hint="give -s once for each adapter, or never")
+    if not all(map(math.isfinite, given or ())):
+        raise UsageError("a strength is not a finite number", hint="give numbers such as 0.8 or -1")
+    return tuple(given) if given else (1.0,) * len(adapters)

@@ -6,7 +6,6 @@ the functions that need them: looking at headers starts at once.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__, formats
-from loratool.adapter import Adapter, Loss
+from loratool.adapter import Adapter, Loss, strengths_of
 from loratool.errors import UsageError
 from loratool.files import check_space, existing, prepare_output, staged
 from loratool.formats.base import Evidence, Format
@@ -27,9 +26,10 @@ if TYPE_CHECKING:
     from loratool.ops.export_folder import FolderExport
     from loratool.ops.export_onnx import Export, ExportReport
     from loratool.ops.inspect import Inspection
-    from loratool.ops.merge import Merge, MergeReport, Progress
+    from loratool.ops.merge import Merge, MergeReport
     from loratool.ops.unmerge import UnmergeReport
     from loratool.ops.verify import VerifyReport
+    from loratool.plan import Progress
 
 AnyPath = str | os.PathLike[str]
 Source = AnyPath | Adapter
@@ -328,7 +328,7 @@ def plan_merge(
     """Work out a merge without writing anything: what ``--dry-run`` shows. Raises all that a merge would refuse."""
     from loratool.ops.merge import prepare_merge
 
-    _check_strengths(adapters, strengths)
+    strengths_of(adapters, strengths)
     stored = parse_dtype(dtype)
     reading = reading or Reading()
     model = model_of(base, reading)
@@ -440,7 +440,7 @@ def plan_export_onnx(
             raise UsageError("base weights are for an .onnx base", hint="a model folder has its own")
         merged = plan_merge(path, adapters, strengths, allow_unmatched=allow_unmatched, reading=reading)
         return prepare_folder(merged, mode, allow_unmatched)
-    _check_strengths(adapters, strengths)
+    strengths_of(adapters, strengths)
     reading = reading or Reading()
     graph = read_graph(path, reading.allow_links)
     model = None if base_weights is None else model_of(base_weights, reading)
@@ -525,19 +525,6 @@ def compare(first: Source, second: Source, *, base: Base | None = None, reading:
     for adapter in (one, other):
         check_values(adapter, Changes())
     return compare(one, other, model)
-
-
-def _check_strengths(adapters: Sequence[Source], strengths: Sequence[float] | None) -> None:
-    """Raise UsageError for no adapter at all, and for strengths that are not one finite number each."""
-    if not adapters:
-        raise UsageError("no adapter given")
-    if strengths and len(strengths) != len(adapters):
-        raise UsageError(
-            f"{len(strengths)} strengths for {len(adapters)} adapters",
-            hint="give -s once for each adapter, or never",
-        )
-    if not all(map(math.isfinite, strengths or ())):
-        raise UsageError("a strength is not a finite number", hint="give numbers such as 0.8 or -1")
 
 
 def adapter_of(source: Source, reading: Reading | None) -> Adapter:

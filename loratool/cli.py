@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter
     from loratool.api import Reading
     from loratool.compute import ComputeReport
-    from loratool.ops.merge import Progress
+    from loratool.plan import Progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -757,11 +757,8 @@ def _told(error: Exception) -> LoratoolError:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with the contract's codes."""
-    global _state
-    _state = _State()
-    argv = sys.argv[1:] if argv is None else argv
+def _ready() -> None:
+    """Signals that end a run in order, and streams that take whatever is said."""
     with suppress(ValueError):  # only the main thread may
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _interrupted)
@@ -773,6 +770,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     with suppress(AttributeError):  # a name that UTF-8 cannot say is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the contract's codes."""
+    global _state
+    _state = _State()
+    argv = sys.argv[1:] if argv is None else argv
+    _ready()
     try:
         if "" in argv:
             raise UsageError("an empty argument", f"loratool {shlex.join(argv)}", "a variable that is not set?")

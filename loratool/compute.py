@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from loratool import __version__, formats
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, strengths_of
 from loratool.api import AnyPath, Base, Reading, Source, flattened, model_of, read
 from loratool.errors import LoratoolError, UsageError
 from loratool.files import prepare_output, staged
@@ -24,10 +24,9 @@ from loratool.ops.changes import Changes, check_values
 from loratool.ops.convert import recast, with_provenance
 from loratool.ops.rank import RankReport, rank_adapter, rank_models
 from loratool.ops.spectral import Choice, ModuleResult, Result
+from loratool.plan import Progress
 from loratool.plots import plot_ranks, prepare_plot
 from loratool.tensors import parse_dtype
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class _Sources:
 
     def strengths(self, given: Sequence[float] | None) -> tuple[float, ...]:
         """The strengths of all adapters: 1 where none are given."""
-        return tuple(given) if given else (1.0,) * len(self.adapters)
+        return strengths_of(self.adapters, given)
 
 
 def extract(

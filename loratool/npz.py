@@ -20,8 +20,8 @@ _MOST = 100_000  # members of one archive
 _RATIO = 1100  # of what a member unpacks to and its bytes in the archive: more than deflate can reach
 _HEADER = 10_000  # bytes of one member's header
 _SPELLINGS = {d.numpy: d.name for d in DTYPES.values() if d.numpy}
-# zipfile raises NotImplementedError for a compression it does not know, RuntimeError for an encrypted member
-_FAULTS = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError)
+# RuntimeError: zipfile's for a member that is encrypted, or compressed in a way that it does not know
+_FAULTS = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError)
 
 
 def looks_npz(path: Path) -> bool:

@@ -40,10 +40,17 @@ def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
             path,
             "--allow-pickle reads it, its tensors only; better convert it to safetensors",
         )
+    state, notes = _table(_loaded(path), path)
+    tensors = {str(name): _tensor(value, f"{path}: {name}") for name, value in state.items()}
+    return SafetensorsFile(path, tensors, notes, 0)
+
+
+def _loaded(path: Path) -> Any:
+    """What a pickle holds, where that is nothing but tensors and tables of them."""
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # whatever a damaged pickle makes the unpickler stumble over
         called = _CALLED.search(str(error))
         if called:  # torch's own advice is to run it
@@ -51,6 +58,12 @@ def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
         said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
         first = said.splitlines()[0] if said else type(error).__name__
         raise FormatError(f"not a readable pickle of tensors: {first[:200]}", path) from None
+
+
+def _table(state: Any, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors by name, whichever trainer saved them, and the notes beside them."""
+    import torch
+
     if isinstance(state, dict) and "string_to_param" in state:
         raise FormatError("a textual inversion, not an adapter", path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # a checkpoint of lightning
@@ -63,15 +76,19 @@ def read_pickle(path: Path, allowed: bool) -> SafetensorsFile:
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise FormatError("the pickle holds more than a table of tensors", path)
+    return state, notes
+
+
+def _tensor(value: Any, where: str) -> Tensor:
+    """A handle over the memory of one of torch's tensors."""
+    import torch
+
     spelling = {d.torch: d.name for d in DTYPES.values()}
-    tensors: dict[str, Tensor] = {}
-    for name, value in state.items():
-        dtype = spelling.get(str(value.dtype).removeprefix("torch."))
-        if dtype is None or value.layout is not torch.strided:
-            raise FormatError(f"a tensor of dtype {value.dtype}, layout {value.layout}", f"{path}: {name}")
-        raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        tensors[str(name)] = Tensor.of(raw.view(numpy_dtype(dtype)).reshape(tuple(value.shape)))
-    return SafetensorsFile(path, tensors, notes, 0)
+    dtype = spelling.get(str(value.dtype).removeprefix("torch."))
+    if dtype is None or value.layout is not torch.strided:
+        raise FormatError(f"a tensor of dtype {value.dtype}, layout {value.layout}", where)
+    raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return Tensor.of(raw.view(numpy_dtype(dtype)).reshape(tuple(value.shape)))
 
 
 def _notes(state: Mapping[Any, Any], path: Path) -> dict[str, str]:

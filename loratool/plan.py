@@ -34,6 +34,8 @@ from loratool.tensors import (
 from loratool.update import Prepared, Update
 
 GROUP = 8  # blocks of one task
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from loratool.onnx.graph import EXTERNAL, Graph, Node, Use, Value, Weight, tenso
 from loratool.onnx.resolve import Site
 from loratool.onnx.turned import restored, stored
 from loratool.onnx.wire import SMALL, Hole, length, unskim
-from loratool.plan import Outcome, OutputFile, Part, Plan, Run, Step, Tally, Writer, thread_count
+from loratool.plan import Outcome, OutputFile, Part, Plan, Progress, Run, Step, Tally, Writer, thread_count
 from loratool.tensors import Tensor
 from loratool.update import Additive, Replace
 
 INLINE = 1_800_000_000  # bytes of values that a message may hold, well below protobuf's 2 GiB
 PAGE = 4096  # external tensors of a page or more begin at one, so that they can be mapped
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from loratool.adapter import Adapter, is_bias, parameter
+from loratool.adapter import Adapter, is_bias, parameter, strengths_of
 from loratool.architectures import Slot
 from loratool.errors import MatchError, NumericError, UsageError, some
 from loratool.lazy import np
@@ -39,11 +39,7 @@ def add(
     With ``rank`` the best of that rank. Raises UsageError for a wrong count of strengths; MatchError where shapes
     differ, for whole tensors that cannot be summed, and for kinds that need the base without ``model``.
     """
-    given = tuple(strengths) if strengths else (1.0,) * len(adapters)
-    if len(given) != len(adapters) or not adapters:
-        raise UsageError(f"{len(given)} strengths for {len(adapters)} adapters", hint="one for each, or none")
-    if not all(map(math.isfinite, given)):
-        raise UsageError("a strength is not a finite number")
+    given = strengths_of(adapters, strengths)
     shared_layers(adapters)
     stacks = stacks_of(adapters, model)
     adapters = [apart(adapter, model) for adapter in adapters]
@@ -86,7 +82,7 @@ def subtract(
     model: Model | None = None,
 ) -> Result:
     """The first adapter minus the others; the rules of `add`."""
-    given = tuple(strengths) if strengths else (1.0,) * len(adapters)
+    given = strengths_of(adapters, strengths)
     if len(adapters) < 2:
         raise UsageError("nothing to subtract", hint="give two adapters or more")
     return add(adapters, (given[0], *(-s for s in given[1:])), rank, model)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loratool.adapter import Adapter, is_bias
+from loratool.adapter import Adapter, is_bias, strengths_of
 from loratool.architectures import Slot
 from loratool.architectures.llm import VOCABULARY_LEAVES, Tie, tie_of
-from loratool.errors import FormatError, MatchError, NumericError, UsageError
+from loratool.errors import FormatError, MatchError, NumericError
 from loratool.kinds.patch import Padded
 from loratool.kinds.tokens import Tokens
 from loratool.lazy import np
@@ -49,10 +49,7 @@ def account(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float
     Raises UsageError (count of strengths), FormatError (unknown scaling, quantised target), MatchError (shapes,
     conflicts), NumericError (NaN or infinity in an adapter).
     """
-    if len(strengths) != len(adapters):
-        raise UsageError(f"{len(strengths)} strengths for {len(adapters)} adapters", hint="one for each, or none")
-    if not all(np.isfinite(strengths)):
-        raise UsageError("a strength is not a finite number")
+    strengths = strengths_of(adapters, strengths)
     tie, headed = with_head(model)
     changes = Changes()
     for adapter, strength in zip(adapters, strengths, strict=True):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from loratool.adapter import Adapter, is_bias, parameter
+from loratool.adapter import Adapter, is_bias, parameter, strengths_of
 from loratool.architectures import Slot
 from loratool.errors import NumericError, UsageError
 from loratool.lazy import np
@@ -95,11 +95,7 @@ def combine(
     Raises MatchError where shapes differ and for kinds that need the base without ``model``; UsageError for a wrong
     count of strengths; NumericError where an update is not finite.
     """
-    given = tuple(strengths) if strengths else (1.0,) * len(adapters)
-    if len(given) != len(adapters) or not adapters:
-        raise UsageError(f"{len(given)} strengths for {len(adapters)} adapters", hint="one for each, or none")
-    if not all(map(math.isfinite, given)):
-        raise UsageError("a strength is not finite")
+    given = strengths_of(adapters, strengths)
     shared_layers(adapters)
     notes = () if recipe.sparse or recipe.density is None else (f"{recipe.method} keeps every entry: no density",)
     if recipe.method == "linear":

@@ -7,7 +7,7 @@ give what the graph of the merged model gives.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +23,8 @@ from loratool.onnx.resolve import resolve
 from loratool.onnx.verify import has_onnxruntime, onnxruntime
 from loratool.ops.export_onnx import MODES, Export, ExportReport, described, prepare_export, run_export
 from loratool.ops.merge import Merge, run_merge
+from loratool.plan import Progress
 
-Progress = Callable[[int, int], None]
 GRAPH = "graph.onnx"
 _TRACES = "stack_trace"  # what dynamo notes of the exporter's own folders
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
-from loratool.adapter import Adapter, is_bias
+from loratool.adapter import Adapter, is_bias, strengths_of
 from loratool.errors import FormatError, MatchError, UsageError, some
 from loratool.files import prepare_output, remove, staged_beside
 from loratool.model import Model
@@ -20,13 +20,12 @@ from loratool.onnx.graph import Graph
 from loratool.onnx.resolve import resolve
 from loratool.ops.changes import Changes, check_values
 from loratool.ops.merge import peak_bytes
-from loratool.plan import OutputFile, Plan, Step, thread_count
+from loratool.plan import OutputFile, Plan, Progress, Step, thread_count
 
 if TYPE_CHECKING:
     from loratool.onnx.verify import Trial, Verification
     from loratool.ops.export_folder import FolderExport
 
-Progress = Callable[[int, int], None]
 MODES = ("fold", "branch", "inputs")  # each a file of `loratool.onnx`, whose function of that name makes the graph
 
 
@@ -115,7 +114,7 @@ def prepare_export(
     """
     if mode is not None and mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", hint=f"one of {', '.join(MODES)}")
-    given = tuple(strengths) if strengths else (1.0,) * len(adapters)
+    given = strengths_of(adapters, strengths)
     values, changes, unmatched = Changes(), [], []
     for number, (adapter, strength) in enumerate(zip(adapters, given, strict=True)):
         check_values(adapter, values)

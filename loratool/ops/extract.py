@@ -22,11 +22,10 @@ from loratool.names import Names, Unmatched, has_number, module_of, stores_trans
 from loratool.ops.changes import extreme, with_head
 from loratool.ops.spectral import Choice, ModuleResult, Piece, Result, SizeOf, bounded_size, fit_size
 from loratool.ops.stacks import hollow, together
-from loratool.plan import thread_count
+from loratool.plan import Progress, thread_count
 from loratool.tensors import DTYPES, FLOATS, Array, Tensor
 from loratool.update import Layer, LowRank, Update, trimmed
 
-Progress = Callable[[int, int], None]
 ToDevice = Callable[[np.ndarray], Array]
 Done = TypeVar("Done")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loratool import __version__
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, strengths_of
 from loratool.devices import choose
 from loratool.errors import MatchError, some
 from loratool.files import check_space, prepare_output, staged
@@ -20,12 +20,9 @@ from loratool.model import Model, WeightFile, stale_copies
 from loratool.ops.changes import Changes, account
 from loratool.ops.replicate import replicated
 from loratool.ops.undo import check_undo, recording
-from loratool.plan import Outcome, OutputFile, Plan, Run, Step, Writer, eight_bit, thread_count
+from loratool.plan import Outcome, OutputFile, Plan, Progress, Run, Step, Writer, eight_bit, thread_count
 from loratool.scaled import LARGEST, Change, Scaled, scaled
 from loratool.tensors import FLOATS, Tensor, header_bytes
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
 
 _STALE = ("sshs_", "modelspec.hash_sha256", "loratool.")  # hashes of what the tensors were before
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -89,7 +86,7 @@ def prepare_merge(
     ``dtype`` (a safetensors name) stores every floating tensor so; None keeps each as it is. Raises MatchError, naming
     what is left and the nearest module, unless ``allow_unmatched``; and what `account` raises.
     """
-    given = tuple(strengths) if strengths else (1.0,) * len(adapters)
+    given = strengths_of(adapters, strengths)
     model, replicated_documents = replicated(model, adapters)
     changes = account(model, adapters, given)
     if changes.unmatched and not allow_unmatched:

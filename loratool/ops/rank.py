@@ -11,11 +11,11 @@ from loratool.lazy import np
 from loratool.linalg import Truncation, error_for_energy, rank_for_error
 from loratool.model import Model
 from loratool.names import module_of
-from loratool.ops.extract import Pair, Progress, each_pair, survey
+from loratool.ops.extract import Pair, each_pair, survey
 from loratool.ops.resize import is_matrix, spectrum
 from loratool.ops.spectral import Choice, Piece, choose_ranks, header_size, weights_of
 from loratool.ops.stacks import apart
-from loratool.plan import thread_count
+from loratool.plan import Progress, thread_count
 from loratool.tensors import Tensor
 
 DEFAULT_ENERGY = 0.95

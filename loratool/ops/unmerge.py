@@ -23,9 +23,9 @@ from loratool.errors import FormatError, VerifyError
 from loratool.files import check_space, inside, prepare_output, staged, walk
 from loratool.lazy import np
 from loratool.model import Model, WeightFile, by_step_name
-from loratool.ops.merge import Progress, peak_bytes
+from loratool.ops.merge import peak_bytes
 from loratool.ops.undo import UNDO, UNDO_HASH, file_digest, is_plain, restore, text_hash, unblob
-from loratool.plan import OutputFile, Part, Plan, Run, Step, Writer, thread_count
+from loratool.plan import OutputFile, Part, Plan, Progress, Run, Step, Writer, thread_count
 from loratool.tensors import (
     CONTENT_HASH,
     DTYPES,

@@ -11,8 +11,8 @@ from loratool.devices import choose
 from loratool.errors import VerifyError
 from loratool.lazy import np
 from loratool.model import Model, by_step_name
-from loratool.ops.merge import Merge, MergeReport, Progress, report
-from loratool.plan import OutputFile, Run, Step, thread_count
+from loratool.ops.merge import Merge, MergeReport, report
+from loratool.plan import OutputFile, Progress, Run, Step, thread_count
 from loratool.tensors import Tensor
 
 
