@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loratool.adapter import Adapter, is_bias, strengths_of
+from loratool.adapter import Adapter, is_bias
 from loratool.architectures import Slot
 from loratool.architectures.llm import VOCABULARY_LEAVES, Tie, tie_of
 from loratool.errors import FormatError, MatchError, NumericError
@@ -46,10 +46,9 @@ class Changes:
 def account(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float]) -> Changes:
     """Everything that ``adapters`` times ``strengths`` change in ``model``.
 
-    Raises UsageError (count of strengths), FormatError (unknown scaling, quantised target), MatchError (shapes,
-    conflicts), NumericError (NaN or infinity in an adapter).
+    Raises FormatError (unknown scaling, quantised target), MatchError (shapes, conflicts), NumericError (NaN or
+    infinity in an adapter).
     """
-    strengths = strengths_of(adapters, strengths)
     tie, headed = with_head(model)
     changes = Changes()
     for adapter, strength in zip(adapters, strengths, strict=True):
