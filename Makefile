@@ -39,10 +39,10 @@ bench: .venv/.dev ## time a merge beside cp and PEFT
 	$(BIN)/python -m benchmarks.merge
 
 clean: ## remove the environment and every cache
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist loratool/_native.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.base: pyproject.toml constraints.txt
+.venv/.base: pyproject.toml constraints.txt hatch_build.py loratool/native.c
 	$(PYTHON) -m venv .venv
 	$(INSTALL) -e .
 	@touch $@

@@ -1,19 +1,21 @@
-"""Where the arithmetic runs: numpy, or torch on a processor or an accelerator.
+"""Where the arithmetic runs: compiled loops, numpy, or torch on a processor or an accelerator.
 
-Both follow one contract, block by block: stored bytes -> float32 (or wider) -> stored bytes, rounded once to nearest
-even. numpy starts in a tenth of a second; torch needs a second to import and then converts faster, so `choose`
-weighs the work. The choice depends on the work alone, never on the machine, so results are reproducible.
+All follow one contract, block by block: stored bytes -> float32 (or wider) -> stored bytes, rounded once to nearest
+even. The compiled loops (native.c) do it in one pass and give the same bits everywhere; an installation without them
+uses numpy, which starts in a tenth of a second, or torch, which needs a second to import and then converts faster:
+there `choose` weighs the work, and nothing of the machine.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from loratool import native
 from loratool.errors import LoratoolError, UsageError
 from loratool.lazy import np
 from loratool.tensors import Array, Tensor, numpy_dtype, to_odd
@@ -80,6 +82,15 @@ class Worker:
             product = np.matmul(up, down, out=kept)
             return np.add(product, wide, out=product if product.dtype == wide.dtype else None)
 
+    def merged(
+        self, stored: np.ndarray, factors: Sequence[tuple[Array, Array]], dtype: str
+    ) -> tuple[np.ndarray, int] | None:
+        """``stored`` [rows,i] plus the sum of up [rows,r] @ down [r,i], rounded, and how many values kept their bits.
+
+        All in one pass; None where this worker takes one step after the other, as `widen`, `add_product` and `narrow`.
+        """
+        return None
+
     def dense(self, values: Array) -> bool:
         """Whether no element is zero."""
         return bool(values.all())
@@ -110,6 +121,38 @@ class Worker:
         flat = values.reshape(-1)
         with np.errstate(over="ignore"):
             return math.sqrt(float(np.dot(flat, flat)))
+
+
+class NativeWorker(Worker):
+    """The same with the compiled loops, for what they know."""
+
+    def widen(self, block: np.ndarray) -> Array:
+        if block.dtype.itemsize != 2 or not native.handles(block.dtype):
+            return super().widen(block)
+        wide = self._scratch("wide", block.shape, np.float32)
+        native.widen(np.ascontiguousarray(block), wide)
+        return wide
+
+    def merged(
+        self, stored: np.ndarray, factors: Sequence[tuple[Array, Array]], dtype: str
+    ) -> tuple[np.ndarray, int] | None:
+        known = stored.dtype == numpy_dtype(dtype) and native.handles(stored.dtype)
+        if not known or any(factor.dtype != np.float32 for pair in factors for factor in pair):
+            return None
+        ups, downs = zip(*factors, strict=True)
+        up, down = (ups[0], downs[0]) if len(factors) == 1 else (np.concatenate(ups, 1), np.concatenate(downs))
+        out = self._scratch("narrow", stored.shape, stored.dtype)
+        room = self._scratch("room", (up.shape[1] * native.panel(up.shape[1], stored.shape[1]),), np.float32)
+        kept = native.merge(stored, up, down, out, room)
+        return None if kept < 0 else (out, kept)  # step by step it is told what is not finite
+
+    def narrow(self, values: Array, dtype: str) -> np.ndarray:
+        stored = numpy_dtype(dtype)
+        if values.dtype == np.float32 and stored.itemsize == 2 and native.handles(stored):
+            out = self._scratch("narrow", values.shape, stored)
+            if native.narrow(np.ascontiguousarray(values), out):
+                return out
+        return super().narrow(values, dtype)
 
 
 class TorchWorker(Worker):
@@ -204,11 +247,17 @@ def choose(device: str, elements: Mapping[str, int]) -> Device:
     ``auto`` and ``cpu`` are the processor. Raises UsageError for an unknown name, LoratoolError when the
     accelerator is not there.
     """
+    if device in ("auto", "cpu") and native.available():
+        device = "cpu-native"
     if device in ("auto", "cpu"):
         saved = sum(n * (_NUMPY_COST.get(dtype, 2.0) - _TORCH_COST) for dtype, n in elements.items())
         device = "cpu-torch" if saved > _TORCH_IMPORT else "cpu-numpy"
     if device == "cpu-numpy":
         return Device(device, Worker)
+    if device == "cpu-native":
+        if not native.available():
+            raise LoratoolError("the compiled loops are not in this installation", device, "use --device cpu")
+        return Device(device, NativeWorker)
     if device == "cpu-torch":
         import torch
 

@@ -297,6 +297,13 @@ class Run:
         stored = read_block(worker, step.base, first, last)
         if not step.computes:
             return stored
+        if step.parts and step.scaled is None and _dense(step.parts, prepared, first, last):
+            done = worker.merged(stored, _factors(step.parts, prepared, first, last), step.dtype)
+            if done is not None:
+                out, same = done
+                with self._lock:
+                    self._tally.add(out.size, same)
+                return out
         base = worker.widen(stored) if step.scaled is None else worker.place(step.scaled.widened(stored, first))
         if not step.parts:
             return checked(worker, base, worker.narrow(base, step.dtype), step)
@@ -335,12 +342,10 @@ def _changed(
 
     A product of factors without a zero is taken to have none: an exact cancellation is not looked for.
     """
-    if all(p.dense and q.start <= first and last <= q.stop for p, q in zip(prepared, parts, strict=True)):
+    if _dense(parts, prepared, first, last):
         value = base
-        for part, update in zip(parts, prepared, strict=True):
-            assert update.factors is not None  # dense says so
-            up, down = update.factors
-            value = worker.add_product(value, up[first - part.start : last - part.start], down)
+        for up, down in _factors(parts, prepared, first, last):
+            value = worker.add_product(value, up, down)
         return value, math.prod(base.shape)
     change = base * 0
     for part, update in zip(parts, prepared, strict=True):
@@ -352,6 +357,17 @@ def _changed(
     nonzero = worker.count_nonzero(change)
     change += base
     return change, nonzero
+
+
+def _dense(parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int) -> bool:
+    """Whether rows [first, last) get a product of factors without a zero from every part."""
+    return all(p.dense and q.start <= first and last <= q.stop for p, q in zip(prepared, parts, strict=True))
+
+
+def _factors(parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int) -> list[tuple[Any, Any]]:
+    """The factors of rows [first, last): up [rows,r] and down [r,-1] of every part."""
+    both = ((part.start, update.factors) for part, update in zip(parts, prepared, strict=True) if update.factors)
+    return [(up[first - start : last - start], down) for start, (up, down) in both]
 
 
 def eight_bit(step: Step) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import loratool
+from loratool import native
 from loratool.adapter import Adapter, Metadata
 from loratool.kinds import based, composed, factored
 from loratool.kinds.glora import GLoRA
@@ -23,6 +24,9 @@ from loratool.kinds.rotation import BOFT, OFT, PeftBOFT, PeftOFT, PeftOldOFT, Se
 from loratool.kinds.sparse import Sparse
 from loratool.tensors import Tensor, write_safetensors
 from loratool.update import Dense, DoRA, LowRank, Sum, Update
+
+# every arithmetic of the processor that this installation has
+DEVICES = ("cpu-numpy", "cpu-torch", *(("cpu-native",) if native.available() else ()))
 
 
 def normal(*shape: int, dtype: str = "F32", seed: int = 0) -> Tensor:

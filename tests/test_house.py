@@ -19,7 +19,7 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 # from the ground up; a file imports from the floors below its own
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "lazy", "__init__"),
-    ("hub",),
+    ("hub", "native"),
     ("files",),
     ("tensors", "hashes"),
     ("update", "pickles", "gguf", "npz", "architectures/*"),

@@ -28,7 +28,7 @@ from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import Additive, Dense, DoRA, Sum, Update, rows, stack
 from tests import samples
 from tests.laws import examples
-from tests.samples import LYCORIS, loha, lokr, magnitude, normal, tucker_loha
+from tests.samples import DEVICES, LYCORIS, loha, lokr, magnitude, normal, tucker_loha
 from tests.samples import WHOLE_LOKR as WHOLE
 
 
@@ -846,7 +846,7 @@ def test_lohas_that_were_never_one_are_stacked_as_loras() -> None:
 # -- merges --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cpu-numpy", "cpu-torch"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_merge_by_small_blocks(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind at once, half of what it does, in blocks that cross those of the rotations."""
     monkeypatch.setattr("loratool.tensors.BLOCK", 25)

@@ -29,7 +29,7 @@ from loratool.ops.verify import ulps
 from loratool.tensors import Tensor, numpy_dtype, read_safetensors, write_safetensors
 from loratool.update import Dense, DoRA, Update
 from tests import models, samples
-from tests.samples import fingerprint, lora_file, low, magnitude, normal
+from tests.samples import DEVICES, fingerprint, lora_file, low, magnitude, normal
 
 Make = Callable[..., Path]
 TIED = ("llama_tied", "gpt2", "whisper", "t5")
@@ -232,7 +232,7 @@ def test_the_sum_is_rounded_once(dtype: str, tmp_path: Path) -> None:
     assert values(tmp_path / "alone")["q.weight"].item() == 1
 
 
-@pytest.mark.parametrize("device", ["cpu-numpy", "cpu-torch"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_float64_adapter_is_rounded_once_too(device: str, tmp_path: Path) -> None:
     """A stop-over at float32 would round twice: 1 + half an ulp + a little is more than half."""
     base = samples.model(tmp_path / "base", {"q.weight": Tensor.of(np.ones((1, 1), np.float32), "BF16")})
@@ -242,7 +242,7 @@ def test_a_float64_adapter_is_rounded_once_too(device: str, tmp_path: Path) -> N
     assert values(tmp_path / "out")["q.weight"].item() == 1 + 2.0**-7
 
 
-@pytest.mark.parametrize("device", ["cpu-numpy", "cpu-torch"])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["F32", "F64", "BF16", "F16"])
 @pytest.mark.parametrize("wide", [False, True])
 def test_many_adapters_of_one_weight(device: str, dtype: str, wide: bool, tmp_path: Path) -> None:
@@ -419,14 +419,16 @@ def test_the_content_hash_does_not_depend_on_shards(tmp_path: Path) -> None:
     assert alone.content_hash == reports[0].content_hash
 
 
-def test_blocks_of_torch_are_those_of_numpy(tmp_path: Path) -> None:
+def test_blocks_of_every_device_are_those_of_numpy(tmp_path: Path) -> None:
     lora = large_lora(tmp_path / "lora")
     base = large(tmp_path / "base")
-    for device in ("cpu-numpy", "cpu-torch"):
+    for device in DEVICES:
         loratool.merge(base, lora, device=device, out=tmp_path / device)
-    one, other = values(tmp_path / "cpu-numpy"), values(tmp_path / "cpu-torch")
-    apart = np.concatenate([ulps(a, other[name]).reshape(-1) for name, a in one.items()])
-    assert apart.max() <= 1 and (apart > 0).mean() < 1e-4
+    one = values(tmp_path / "cpu-numpy")
+    for device in DEVICES:
+        other = values(tmp_path / device)
+        apart = np.concatenate([ulps(a, other[name]).reshape(-1) for name, a in one.items()])
+        assert apart.max() <= 1 and (apart > 0).mean() < 1e-4
 
 
 # -- what else a merge writes --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratool.devices import TorchWorker, Worker
+from loratool.devices import NativeWorker, TorchWorker, Worker, choose
 from loratool.errors import FormatError, MatchError, NumericError
 from loratool.kinds.based import Hira
 from loratool.kinds.entries import AdditiveEntry, Entry
@@ -25,7 +25,7 @@ from loratool.tensors import Tensor
 from loratool.update import AdditiveRows, Dense, DoRA, LowRank, Rows, Sum, Update, as_low_rank, trimmed
 from tests import samples
 from tests.laws import examples
-from tests.samples import ADDITIVE, UPDATES, low, magnitude, normal
+from tests.samples import ADDITIVE, DEVICES, UPDATES, low, magnitude, normal
 
 every_additive = pytest.mark.parametrize("name", ADDITIVE)
 every = pytest.mark.parametrize("name", UPDATES)
@@ -323,15 +323,16 @@ def changed(worker: Worker, update: Update, base: np.ndarray, dtype: str) -> np.
 
 @every
 @pytest.mark.parametrize("dtype", ["F32", "F64", "BF16", "F16"])
-def test_numpy_and_torch_agree_to_the_last_place(name: str, dtype: str) -> None:
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_workers_agree_to_the_last_place(name: str, dtype: str, device: str) -> None:
     update = UPDATES[name]
     base = normal(*update.shape, dtype=dtype, seed=40).array()
-    one, other = (changed(worker, update, base, dtype) for worker in (Worker(), TorchWorker("cpu")))
-    assert one.dtype == other.dtype == base.dtype
+    one, there = (changed(worker, update, base, dtype) for worker in (Worker(), choose(device, {}).worker()))
+    assert one.dtype == there.dtype == base.dtype
     if dtype in ("F32", "F64"):  # where the sum cancels, an ulp of the result is far below one of its terms
-        close(one, other, 1e-6 if dtype == "F32" else 3e-6)
+        close(one, there, 1e-6 if dtype == "F32" else 3e-6)
     else:
-        assert ulps(one, other).max() <= 1
+        assert ulps(one, there).max() <= 1
 
 
 @examples(60)
@@ -347,7 +348,7 @@ def test_numpy_and_torch_round_alike(values: list[float], dtype: str) -> None:
     assert Worker().widen(one).tobytes() == TorchWorker("cpu").widen(other).numpy().tobytes()
 
 
-@pytest.mark.parametrize("worker", [Worker, lambda: TorchWorker("cpu")])
+@pytest.mark.parametrize("worker", [Worker, NativeWorker, lambda: TorchWorker("cpu")])
 def test_workers_measure(worker: Any) -> None:
     it = worker()
     block = it.widen(np.array([[3.0, 0.0], [0.0, -4.0]], np.float32))

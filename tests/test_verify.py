@@ -15,7 +15,7 @@ from loratool.ops.verify import require, ulps
 from loratool.tensors import Tensor, read_safetensors, write_safetensors
 from loratool.update import DoRA
 from tests import models, samples
-from tests.samples import lora_file, low, magnitude, normal
+from tests.samples import DEVICES, lora_file, low, magnitude, normal
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_what_cannot_be_merged_cannot_be_verified(base: Path, merged: Path, tmp_
         loratool.verify(base, lora_file(tmp_path / "x", {"mystery": low()}), merged=merged)
 
 
-@pytest.mark.parametrize("device", ["cpu-numpy", "cpu-torch"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_proof_uses_the_arithmetic_of_the_merge(device: str, base: Path, lora: Path, tmp_path: Path) -> None:
     """A float32 merge of other devices differs in the last place; the metadata tell which it was."""
     loratool.merge(base, lora, dtype="fp32", device=device, out=tmp_path / "out")

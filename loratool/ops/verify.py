@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from loratool import native
 from loratool.devices import choose
-from loratool.errors import VerifyError
+from loratool.errors import LoratoolError, VerifyError
 from loratool.lazy import np
 from loratool.model import Model, by_step_name
 from loratool.ops.merge import Merge, MergeReport, report
@@ -85,6 +86,9 @@ def verify(
     """
     began = time.perf_counter()
     said = merged.weights[0].file.metadata.get("loratool.device", "") if device == "auto" else ""
+    if said == "cpu-native" and not native.available():
+        hint = "--device cpu --tolerance 1 compares with numpy's, to the last place"
+        raise LoratoolError("made by the compiled loops, which this installation lacks", str(merged.path), hint)
     chosen = choose(said if said.startswith("cpu-") else device, merge.plan.changed)
     tensors = by_step_name(merged)
     comparer = _Comparer(tensors, tolerance)
