@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratool import native
 from loratool.errors import LoratoolError, UsageError
@@ -25,6 +25,14 @@ from loratool.tensors import Array, Tensor, numpy_dtype, to_odd
 _NUMPY_COST: Mapping[str, float] = {"F64": 2.0, "F32": 1.6, "BF16": 1.1, "F16": 8.0}
 _TORCH_COST = 1.1
 _TORCH_IMPORT = 2.4e9  # nanoseconds of two threads
+
+
+class Merged(NamedTuple):
+    """A block in its stored dtype, how many of its values were to change, and how many of these did not."""
+
+    out: np.ndarray
+    nonzero: int
+    lost: int
 
 
 class Worker:
@@ -83,11 +91,12 @@ class Worker:
             return np.add(product, wide, out=product if product.dtype == wide.dtype else None)
 
     def merged(
-        self, stored: np.ndarray, factors: Sequence[tuple[Array, Array]], dtype: str
-    ) -> tuple[np.ndarray, int] | None:
-        """``stored`` [rows,i] plus the sum of up [rows,r] @ down [r,i], rounded, and how many values kept their bits.
+        self, stored: np.ndarray, factors: Sequence[tuple[Array, Array]], dtype: str, dense: bool
+    ) -> Merged | None:
+        """``stored`` [rows,i] plus the sum of up [rows,r] @ down [r,i], rounded, all in one pass.
 
-        All in one pass; None where this worker takes one step after the other, as `widen`, `add_product` and `narrow`.
+        None where this worker takes one step after the other: `widen`, `add_product`, `narrow`. Where factors are
+        ``dense`` no element of their product is taken to be zero.
         """
         return None
 
@@ -134,8 +143,8 @@ class NativeWorker(Worker):
         return wide
 
     def merged(
-        self, stored: np.ndarray, factors: Sequence[tuple[Array, Array]], dtype: str
-    ) -> tuple[np.ndarray, int] | None:
+        self, stored: np.ndarray, factors: Sequence[tuple[Array, Array]], dtype: str, dense: bool
+    ) -> Merged | None:
         known = stored.dtype == numpy_dtype(dtype) and native.handles(stored.dtype)
         if not known or any(factor.dtype != np.float32 for pair in factors for factor in pair):
             return None
@@ -143,8 +152,10 @@ class NativeWorker(Worker):
         up, down = (ups[0], downs[0]) if len(factors) == 1 else (np.concatenate(ups, 1), np.concatenate(downs))
         out = self._scratch("narrow", stored.shape, stored.dtype)
         room = self._scratch("room", (up.shape[1] * native.panel(up.shape[1], stored.shape[1]),), np.float32)
-        kept = native.merge(stored, up, down, out, room)
-        return None if kept < 0 else (out, kept)  # step by step it is told what is not finite
+        kept, zeros = native.merge(stored, up, down, out, room, count_zeros=not dense)
+        if kept < 0:  # not finite: step by step it is told what
+            return None
+        return Merged(out, out.size - zeros, max(0, kept - zeros))
 
     def narrow(self, values: Array, dtype: str) -> np.ndarray:
         stored = numpy_dtype(dtype)

@@ -36,9 +36,9 @@ typedef struct {
     floats one, other;
 } pair;
 
-/* What a pass finds: how many values keep their bits, and where one is not finite. */
+/* What a pass finds: how many values keep their bits, how many products are zero, and where a value is not finite. */
 typedef struct {
-    flags kept;
+    flags kept, zeros;
     masks wild;
 } found;
 
@@ -144,29 +144,35 @@ INLINE void store(char *at, pair values, masks *wild, enum kind kind)
         *(words *)at = to_f16(one) | to_f16(other) << 16;
 }
 
-/* -1 for each value whose bits are the same, one lane of 16 bits for each. */
+INLINE flags both(masks one, masks other)
+{
+    return (flags)((one & 0xffff) | other << 16);
+}
+
+/* -1 for each value whose bits are the same. */
 INLINE flags kept(const char *base, const char *out, enum kind kind)
 {
     if (kind != F32)
         return (flags)(*(const halves *)base == *(const halves *)out);
-    masks one = *(const words *)base == *(const words *)out;
-    masks other = *(const words *)(base + sizeof one) == *(const words *)(out + sizeof one);
-    return (flags)((one & 0xffff) | other << 16);
+    return both(*(const words *)base == *(const words *)out,
+                *(const words *)(base + sizeof(words)) == *(const words *)(out + sizeof(words)));
 }
 
-INLINE void finish(const char *base, char *out, pair sum, found *found, enum kind kind)
+INLINE void finish(const char *base, char *out, pair sum, found *found, enum kind kind, int counting)
 {
     pair value = load(base, kind);
     store(out, (pair){value.one + sum.one, value.other + sum.other}, &found->wild, kind);
     found->kept -= kept(base, out, kind);
+    if (counting)
+        found->zeros -= both((masks)(sum.one == 0), (masks)(sum.other == 0));
 }
 
-/* The same for fewer than sixteen columns. */
-INLINE void finish_some(const char *base, char *out, pair sum, size_t columns, found *found, enum kind kind)
+/* The same for fewer than sixteen columns; the zeros beside them count as kept, and as products that are zero. */
+INLINE void finish_some(const char *base, char *out, pair sum, size_t columns, found *found, enum kind kind, int counting)
 {
     char before[sizeof(pair)] = {0}, after[sizeof(pair)];
     memcpy(before, base, columns * size_of(kind));
-    finish(before, after, sum, found, kind);
+    finish(before, after, sum, found, kind, counting);
     memcpy(out, after, columns * size_of(kind));
 }
 
@@ -203,12 +209,21 @@ INLINE void multiply(pair sum[ROWS], const float *const up[ROWS], ptrdiff_t step
     }
 }
 
-INLINE int64_t merge_as(enum kind kind, const char *base, char *out, size_t rows, size_t columns, const matrix *up,
-                        const matrix *down, size_t rank, float *packed, size_t panel)
+INLINE int64_t total(flags counts)
+{
+    int64_t sum = 0;
+    for (size_t n = 0; n < PAIR; n++)
+        sum += counts[n];
+    return sum;
+}
+
+INLINE int64_t merge_as(enum kind kind, int counting, const char *base, char *out, size_t rows, size_t columns,
+                        const matrix *up, const matrix *down, size_t rank, float *packed, size_t panel, int64_t *zeros)
 {
     const size_t line = columns * size_of(kind); /* bytes of a row */
-    found found = {{0}, {0}};
-    int64_t same = 0;
+    const int64_t beside = (int64_t)(rows * (-columns % PAIR)); /* values that finish_some adds */
+    found found = {{0}, {0}, {0}};
+    int64_t same = -beside, none = -beside;
     for (size_t left = 0; left < columns; left += panel) {
         size_t right = columns - left < panel ? columns : left + panel;
         pack(packed, *down, left, right, rank, kind);
@@ -218,42 +233,50 @@ INLINE int64_t merge_as(enum kind kind, const char *base, char *out, size_t rows
             for (size_t r = 0; r < ROWS; r++) /* beyond the last row: a row again, whose sum is not used */
                 factors[r] = up->at + (ptrdiff_t)(r < high ? i + r : i) * up->row;
             for (size_t c = left; c < right; c += PAIR, tile += rank * PAIR) {
-                const size_t at = i * line + c * size_of(kind), wide = right - c;
+                const char *from = base + i * line + c * size_of(kind);
+                char *to = out + i * line + c * size_of(kind);
                 pair sum[ROWS];
                 multiply(sum, factors, up->column, tile, rank);
 #pragma GCC unroll 8
                 for (size_t r = 0; r < ROWS; r++)
-                    if (r < high && wide >= PAIR)
-                        finish(base + at + r * line, out + at + r * line, sum[r], &found, kind);
-                if (wide < PAIR)
-                    for (size_t r = 0; r < high; r++, same -= (int64_t)(PAIR - wide)) /* the zeros beside are kept */
-                        finish_some(base + at + r * line, out + at + r * line, sum[r], wide, &found, kind);
+                    if (r < high && right - c >= PAIR)
+                        finish(from + r * line, to + r * line, sum[r], &found, kind, counting);
+                if (right - c < PAIR)
+                    for (size_t r = 0; r < high; r++)
+                        finish_some(from + r * line, to + r * line, sum[r], right - c, &found, kind, counting);
             }
-            for (size_t n = 0; n < PAIR; n++)
-                same += found.kept[n];
-            found.kept = (flags){0};
+            same += total(found.kept);
+            none += total(found.zeros);
+            found.kept = found.zeros = (flags){0};
         }
     }
+    if (counting)
+        *zeros = none;
     for (size_t n = 0; n < LANES; n++)
         if (found.wild[n])
             return -1;
     return same;
 }
 
+#define MERGE_AS(KIND)                                                                                        \
+    (zeros ? merge_as(KIND, 1, base, out, rows, columns, up, down, rank, packed, panel, zeros)                \
+           : merge_as(KIND, 0, base, out, rows, columns, up, down, rank, packed, panel, zeros))
+
 /* out [rows,columns] = round(base [rows,columns] + up [rows,rank] @ down [rank,columns]), base and out of one kind.
 
-   ``packed`` is room for rank * panel floats; ``panel`` is a multiple of 16, at most 32,768.
-   Gives how many values kept their bits; -1 where one is not finite, and out is then undefined. */
+   ``packed`` is room for rank * panel floats; ``panel`` is a multiple of 16, at most 65,536. ``zeros`` gets how many
+   elements of the product are zero, where it is given. Gives how many values kept their bits; -1 where one is not
+   finite, and out is then undefined. */
 FAST int64_t merge(int kind, const char *base, char *out, size_t rows, size_t columns, const matrix *up,
-                   const matrix *down, size_t rank, float *packed, size_t panel)
+                   const matrix *down, size_t rank, float *packed, size_t panel, int64_t *zeros)
 {
     switch (kind) {
     case BF16:
-        return merge_as(BF16, base, out, rows, columns, up, down, rank, packed, panel);
+        return MERGE_AS(BF16);
     case F16:
-        return merge_as(F16, base, out, rows, columns, up, down, rank, packed, panel);
+        return MERGE_AS(F16);
     default:
-        return merge_as(F32, base, out, rows, columns, up, down, rank, packed, panel);
+        return MERGE_AS(F32);
     }
 }
 

@@ -30,7 +30,15 @@ def _library() -> ctypes.CDLL | None:
     except OSError:
         return None
     block = (c_int, c_void_p, c_void_p)
-    library.merge.argtypes = (*block, *2 * (c_size_t,), *2 * (POINTER(_Matrix),), c_size_t, c_void_p, c_size_t)
+    library.merge.argtypes = (
+        *block,
+        *2 * (c_size_t,),
+        *2 * (POINTER(_Matrix),),
+        c_size_t,
+        c_void_p,
+        c_size_t,
+        POINTER(c_int64),
+    )
     library.merge.restype = c_int64
     library.widen.argtypes = library.narrow.argtypes = (*block, c_size_t)
     library.widen.restype = None
@@ -52,19 +60,22 @@ def panel(rank: int, columns: int) -> int:
     return max(16, min(_PANEL, _PACKED // max(rank, 1), columns + 15) // 16 * 16)
 
 
-def merge(stored: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray, room: np.ndarray) -> int:
+def merge(
+    stored: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray, room: np.ndarray, count_zeros: bool
+) -> tuple[int, int]:
     """out = round(stored [rows,columns] + up [rows,r] @ down [r,columns]); both of one dtype, the factors float32.
 
-    ``room`` holds r * panel(r, columns) float32. Gives how many values kept their bits; -1 where one is not finite,
-    and ``out`` is then undefined.
+    ``room`` holds r * panel(r, columns) float32. Gives how many values kept their bits, -1 where one is not finite (and
+    ``out`` is then undefined); and how many elements of the product are zero, 0 where they are not counted.
     """
     library = _library()
     assert library is not None
     rows, columns = stored.shape
-    rank = up.shape[1]
-    factors = (byref(_matrix(up)), byref(_matrix(down)), rank)
+    rank, zeros = up.shape[1], c_int64()
     block = (_KINDS[stored.dtype.name], stored.ctypes.data, out.ctypes.data, rows, columns)
-    return int(library.merge(*block, *factors, room.ctypes.data, panel(rank, columns)))
+    factors = (byref(_matrix(up)), byref(_matrix(down)), rank, room.ctypes.data, panel(rank, columns))
+    kept = int(library.merge(*block, *factors, byref(zeros) if count_zeros else None))
+    return kept, zeros.value
 
 
 def widen(stored: np.ndarray, out: np.ndarray) -> None:

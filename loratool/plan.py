@@ -11,11 +11,13 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from queue import SimpleQueue
+from typing import Any, NamedTuple, Protocol
 
 from loratool.devices import Device, Worker, one_blas_thread
 from loratool.errors import NumericError
@@ -204,22 +206,18 @@ class Run:
         self._stop = threading.Event()
 
     def __iter__(self) -> Iterator[int]:
+        done: SimpleQueue[int | None] = SimpleQueue()
+        outputs, inputs = iter(self.plan.outputs), iter(self.plan.inputs.items())
+        lanes = [self._lane(outputs, inputs) for _ in range(self.threads)]
         with one_blas_thread(), ThreadPoolExecutor(self.threads) as pool:
-            pending: set[Future[int]] = set()
-            tasks = self._tasks()
+            workers = [pool.submit(self._work, lanes[n:] + lanes[:n], done) for n in range(self.threads)]
             try:
-                for task in tasks:
-                    pending.add(pool.submit(*task))
-                    if len(pending) >= 2 * self.threads:
-                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                        yield sum(future.result() for future in done)
-                while pending:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield sum(future.result() for future in done)
+                for _ in workers:
+                    yield from iter(done.get, None)  # None: one worker has no more to do
+                for worker in workers:
+                    worker.result()
             finally:
                 self._stop.set()
-                for future in pending:
-                    future.cancel()
 
     @property
     def total(self) -> int:
@@ -241,16 +239,30 @@ class Run:
         """The digest of every tensor, its blocks in order."""
         return {name: b"".join(d for _, d in sorted(found.items())) for name, found in self._digests.items()}
 
-    def _tasks(self) -> Iterator[tuple[Any, ...]]:
-        """Calls to make, in the order of the files: what hashes a file runs beside what merges it."""
-        waiting = list(self.plan.inputs.items())
-        for output in self.plan.outputs:
-            if waiting:
-                yield self._hash, *waiting.pop(0)
+    def _lane(self, outputs: Iterator[OutputFile], inputs: Iterator[tuple[str, Path]]) -> Iterator[Callable[[], int]]:
+        """Tasks of one worker. Each takes files of its own while there are some: a file is written by one at a time."""
+        for output in outputs:
+            yield from (partial(self._hash, *one) for one in islice(inputs, 1))
             for step in output.steps:
-                yield from ((self._group, output, step, start, stop) for start, stop in _groups(step))
-        for name, path in waiting:
-            yield self._hash, name, path
+                yield from (partial(self._group, output, step, start, stop) for start, stop in _groups(step))
+        yield from (partial(self._hash, *one) for one in inputs)
+
+    def _work(self, lanes: Sequence[Iterator[Callable[[], int]]], done: SimpleQueue[int | None]) -> None:
+        """Do the tasks of the first lane, then help with the others."""
+        try:
+            for lane in lanes:
+                while not self._stop.is_set() and (task := self._next(lane)) is not None:
+                    done.put(task())
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            done.put(None)
+
+    def _next(self, lane: Iterator[Callable[[], int]]) -> Callable[[], int] | None:
+        """The next task of a lane, which several workers may ask."""
+        with self._lock:
+            return next(lane, None)
 
     def _hash(self, name: str, path: Path) -> int:
         from loratool.hashes import sha256
@@ -297,13 +309,8 @@ class Run:
         stored = read_block(worker, step.base, first, last)
         if not step.computes:
             return stored
-        if step.parts and step.scaled is None and _dense(step.parts, prepared, first, last):
-            done = worker.merged(stored, _factors(step.parts, prepared, first, last), step.dtype)
-            if done is not None:
-                out, same = done
-                with self._lock:
-                    self._tally.add(out.size, same)
-                return out
+        if (done := self._at_once(worker, step, prepared, stored, first, last)) is not None:
+            return done
         base = worker.widen(stored) if step.scaled is None else worker.place(step.scaled.widened(stored, first))
         if not step.parts:
             return checked(worker, base, worker.narrow(base, step.dtype), step)
@@ -328,6 +335,24 @@ class Run:
                 self._tally.add(nonzero, max(0, same - (out.size - nonzero)), squares)
         return out
 
+    def _at_once(
+        self, worker: Worker, step: Step, prepared: Sequence[Prepared], stored: np.ndarray, first: int, last: int
+    ) -> np.ndarray | None:
+        """The block where one pass gives it, None where it has to go step by step."""
+        if not step.parts or step.scaled is not None:
+            return None
+        products = _products(step.parts, prepared, first, last)
+        if products is None:
+            return None
+        if not products.factors:  # rows of a fused weight that no part changes
+            return stored if step.dtype == step.base.dtype else None
+        merged = worker.merged(stored, products.factors, step.dtype, products.dense)
+        if merged is None:
+            return None
+        with self._lock:
+            self._tally.add(merged.nonzero, merged.lost)
+        return merged.out
+
 
 def _changed(
     worker: Worker,
@@ -342,9 +367,10 @@ def _changed(
 
     A product of factors without a zero is taken to have none: an exact cancellation is not looked for.
     """
-    if _dense(parts, prepared, first, last):
+    products = _products(parts, prepared, first, last)
+    if products is not None and products.factors and products.dense:
         value = base
-        for up, down in _factors(parts, prepared, first, last):
+        for up, down in products.factors:
             value = worker.add_product(value, up, down)
         return value, math.prod(base.shape)
     change = base * 0
@@ -359,15 +385,25 @@ def _changed(
     return change, nonzero
 
 
-def _dense(parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int) -> bool:
-    """Whether rows [first, last) get a product of factors without a zero from every part."""
-    return all(p.dense and q.start <= first and last <= q.stop for p, q in zip(prepared, parts, strict=True))
+class _Products(NamedTuple):
+    """What adds up to the change of some rows: up [rows,r] and down [r,-1] of every part; whether none holds a zero."""
+
+    factors: list[tuple[Any, Any]]
+    dense: bool
 
 
-def _factors(parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int) -> list[tuple[Any, Any]]:
-    """The factors of rows [first, last): up [rows,r] and down [r,-1] of every part."""
-    both = ((part.start, update.factors) for part, update in zip(parts, prepared, strict=True) if update.factors)
-    return [(up[first - start : last - start], down) for start, (up, down) in both]
+def _products(parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int) -> _Products | None:
+    """The products that change rows [first, last); None where a change is no product, or of some of the rows only."""
+    factors, dense = [], True
+    for part, update in zip(parts, prepared, strict=True):
+        if part.stop <= first or last <= part.start:
+            continue
+        if update.factors is None or first < part.start or part.stop < last:
+            return None
+        up, down = update.factors
+        factors.append((up[first - part.start : last - part.start], down))
+        dense = dense and update.dense
+    return _Products(factors, dense)
 
 
 def eight_bit(step: Step) -> bool:

@@ -1333,11 +1333,11 @@ class Swallows:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.05)
-tasks = Run._tasks
+iterate = Run.__iter__
 def told(self):
     Swallows()
-    yield from tasks(self)
-Run._tasks = told
+    yield from iterate(self)
+Run.__iter__ = told
 """
 
 

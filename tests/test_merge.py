@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,11 +22,13 @@ import pytest
 
 import loratool
 from loratool.architectures import Slot
+from loratool.devices import choose
 from loratool.errors import FormatError, LoratoolError, MatchError, NumericError, UsageError
 from loratool.model import read_model
 from loratool.ops.changes import _parts
 from loratool.ops.merge import run_merge
 from loratool.ops.verify import ulps
+from loratool.plan import OutputFile, Part, Plan, Run, Step
 from loratool.tensors import Tensor, numpy_dtype, read_safetensors, write_safetensors
 from loratool.update import Dense, DoRA, Update
 from tests import models, samples
@@ -417,6 +420,41 @@ def test_the_content_hash_does_not_depend_on_shards(tmp_path: Path) -> None:
     assert other.content_hash != reports[0].content_hash
     alone = loratool.merge(tmp_path / "base1" / "model.safetensors", lora, out=tmp_path / "alone.safetensors")
     assert alone.content_hash == reports[0].content_hash
+
+
+def test_a_file_is_written_by_one_thread_while_there_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that write one file wait for each other: the first blocks of two threads are of two files."""
+    monkeypatch.setattr("loratool.tensors.BLOCK", 8)
+    outputs = [OutputFile(name, (Step(name, name, normal(400, 8), "F32"),), {}) for name in ("one", "other")]
+    meeting, met = threading.Barrier(2), []
+
+    class Both:
+        def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
+            if len(met) < 2:
+                met.append(output.name)
+                meeting.wait(30)
+
+    list(Run(Plan(tuple(outputs)), Both(), choose("cpu", {}), 2))
+    assert sorted(met) == ["one", "other"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_no_part_changes_keep_their_bits(device: str, tmp_path: Path) -> None:
+    """-0 among them, which a sum with zero would make 0; beside a product, in one block and in blocks of their own."""
+    base = Tensor.of(np.full((12, 5), -0.0, np.float32), "BF16")
+    found = np.empty((12, 5), base.array().dtype)
+
+    class Kept:
+        def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
+            found[start : start + len(data)] = data
+
+    for rows in (4, 12):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("loratool.tensors.BLOCK", rows * 5)
+            step = Step("qkv", "qkv", base, "BF16", (Part(low(4), 1.0, 4, 8, "k"),))
+            list(Run(Plan((OutputFile("o", (step,), {}),)), Kept(), choose(device, {}), 1))
+        assert np.signbit(found[:4].astype(np.float32)).all() and np.signbit(found[8:].astype(np.float32)).all()
+        assert (found[4:8] == low(4).delta().astype(found.dtype)).all()
 
 
 def test_blocks_of_every_device_are_those_of_numpy(tmp_path: Path) -> None:

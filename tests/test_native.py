@@ -51,10 +51,11 @@ def bits(values: np.ndarray) -> np.ndarray:
     return values.view(f"u{values.dtype.itemsize}")
 
 
-def merged(base: np.ndarray, up: np.ndarray, down: np.ndarray) -> tuple[np.ndarray, int]:
+def merged(base: np.ndarray, up: np.ndarray, down: np.ndarray, counting: bool = True) -> tuple[np.ndarray, int, int]:
+    """The merged block, how many values kept their bits, and how many products are zero."""
     out = np.empty_like(base)
     room = np.empty(up.shape[1] * native.panel(up.shape[1], base.shape[1]), np.float32)
-    return out, native.merge(base, up, down, out, room)
+    return out, *native.merge(base, up, down, out, room, counting)
 
 
 @has_compiler
@@ -75,9 +76,10 @@ def test_a_merge_is_the_chain_of_fused_operations(kind: str, rows: int, columns:
     up, down = normal(rows, rank, seed=2).array() * 0.01, normal(rank, columns, seed=3).array() * 0.1
     for some in (up, np.asfortranarray(up), np.repeat(up, 2, 0)[::2]):
         for other in (down, np.asfortranarray(down), np.repeat(down, 2, 1)[:, ::2]):
-            out, kept = merged(base, some, other)
-            assert bits(out).tolist() == bits(chain(base, up, down)).tolist()
-            assert kept == np.count_nonzero(bits(out) == bits(base))
+            for counting in (True, False):
+                out, kept, zeros = merged(base, some, other, counting)
+                assert bits(out).tolist() == bits(chain(base, up, down)).tolist()
+                assert kept == np.count_nonzero(bits(out) == bits(base)) and zeros == 0
 
 
 @compiled
@@ -85,10 +87,26 @@ def test_a_merge_is_the_chain_of_fused_operations(kind: str, rows: int, columns:
 def test_blocks_of_rows_make_no_difference(kind: str) -> None:
     base = normal(50, 70, dtype=kind, seed=4).array()
     up, down = normal(50, 8, seed=5).array(), normal(8, 70, seed=6).array()
-    whole, _ = merged(base, up, down)
+    whole = merged(base, up, down)[0]
     for height in (1, 6, 7, 32):
         parts = [merged(base[i : i + height], up[i : i + height], down)[0] for i in range(0, 50, height)]
         assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+@compiled
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (6, 16), (20, 50)])
+def test_products_that_are_zero_are_counted(kind: str, rows: int, columns: int) -> None:
+    """Whole rows and columns of them, and those where the terms cancel."""
+    base = normal(rows, columns, dtype=kind, seed=1).array()
+    up, down = normal(rows, 2, seed=2).array(), normal(2, columns, seed=3).array()
+    up[::3], down[:, ::4] = 0, 0
+    down[1, 1::4] = down[0, 1::4]
+    up[1::3, 1] = -up[1::3, 0]
+    out, kept, zeros = merged(base, up, down)
+    product = chain(np.zeros(base.shape, np.float32), up, down)
+    assert zeros == np.count_nonzero(product == 0) > rows // 3 * columns // 4
+    assert kept == np.count_nonzero(bits(out) == bits(base)) >= zeros
 
 
 @compiled

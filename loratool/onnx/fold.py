@@ -328,7 +328,7 @@ def write_graph(
     data = path.with_name(external_name(path))
     layout = lay_out(edit, data.name, shared and _link(edit.graph, path.parent))
     plan = Plan((OutputFile(path.name, layout.steps, {}),), inputs=inputs)
-    chosen = choose("cpu-numpy" if device in ("auto", "cpu") else device, {})
+    chosen = choose(device, {})
     blank = Outcome(dict.fromkeys(inputs, "0" * 64), "0" * 64, Tally())
     pieces = _message(layout, metadata, blank)
     writer = _Places(layout, pieces, path, data)
