@@ -24,6 +24,7 @@ from loratool.tensors import Array, Tensor, numpy_dtype, to_odd
 # no faster over a whole merge, for float16 numpy converts in software
 _NUMPY_COST: Mapping[str, float] = {"F64": 2.0, "F32": 1.6, "BF16": 1.1, "F16": 8.0}
 _TORCH_COST = 1.1
+_APART = 512  # bytes
 _TORCH_IMPORT = 2.4e9  # nanoseconds of two threads
 
 
@@ -150,7 +151,9 @@ class NativeWorker(Worker):
             return None
         ups, downs = zip(*factors, strict=True)
         up, down = (ups[0], downs[0]) if len(factors) == 1 else (np.concatenate(ups, 1), np.concatenate(downs))
-        out = self._scratch("narrow", stored.shape, stored.dtype)
+        # not a whole number of pages away from what was read: loads that follow a store would wait for it
+        memory = self._scratch("merged", (stored.nbytes + _APART,), np.uint8)
+        out = memory[_APART:].view(stored.dtype).reshape(stored.shape)
         room = self._scratch("room", (up.shape[1] * native.panel(up.shape[1], stored.shape[1]),), np.float32)
         kept, zeros = native.merge(stored, up, down, out, room, count_zeros=not dense)
         if kept < 0:  # not finite: step by step it is told what
