@@ -24,11 +24,11 @@
 enum kind { F32, BF16, F16 }; /* native.py has the same order */
 enum { LANES = 8, PAIR = 2 * LANES, ROWS = 6 };
 
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t masks __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t halves __attribute__((vector_size(4 * LANES), aligned(2)));
-typedef int16_t flags __attribute__((vector_size(4 * LANES), aligned(2)));
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(1)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(1)));
+typedef int32_t masks __attribute__((vector_size(4 * LANES), aligned(1)));
+typedef uint16_t halves __attribute__((vector_size(4 * LANES), aligned(1)));
+typedef int16_t flags __attribute__((vector_size(4 * LANES), aligned(1)));
 
 /* Sixteen columns of a row, as they are computed with. Two 16-bit values share a word, so theirs are the even columns
    and the odd ones: nothing has to be shuffled. Those of float32 are the left eight and the right eight. */
@@ -46,17 +46,6 @@ typedef struct {
     const float *at;
     ptrdiff_t row, column; /* strides, in elements */
 } matrix;
-
-/* Whether this processor has what the loops need. */
-int supported(void)
-{
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return 1;
-#endif
-}
 
 INLINE size_t size_of(enum kind kind)
 {
@@ -207,6 +196,30 @@ INLINE void multiply(pair sum[ROWS], const float *const up[ROWS], ptrdiff_t step
             sum[r].other += factor * other;
         }
     }
+}
+
+/* Whether the compiler made one operation of a product and a sum: (1 + 2^-12)^2 - (1 + 2^-11) is 2^-24, or else 0. */
+static FAST __attribute__((noinline)) int fuses(void)
+{
+    volatile float more = 1 + 0x1p-12f, less = -(1 + 0x1p-11f);
+    const float up[2] = {less, more}, *const factors[ROWS] = {up, up, up, up, up, up};
+    float tile[2 * PAIR];
+    for (size_t n = 0; n < PAIR; n++)
+        tile[n] = 1, tile[PAIR + n] = more;
+    pair sum[ROWS];
+    multiply(sum, factors, 1, tile, 2);
+    return sum[0].one[0] == 0x1p-24f;
+}
+
+/* Whether this processor has what the loops need, and they do what they should. */
+int supported(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && fuses();
+#else
+    return fuses();
+#endif
 }
 
 INLINE int64_t total(flags counts)
