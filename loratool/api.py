@@ -413,7 +413,7 @@ def verify(
 
     flat = flattened(adapters)
     planned = plan_merge(base, flat, strengths, dtype=dtype, allow_unmatched=allow_unmatched, reading=reading)
-    other = model_of(merged, reading or Reading())
+    other = model_of(merged, reading or Reading(), complete=False)  # what it lacks is what a proof tells
     return verify(planned, other, device=device, tolerance=tolerance, progress=progress)
 
 
@@ -510,7 +510,14 @@ def check(
     return check(source, engine, max_rank, losses, called)
 
 
-def compare(first: Source, second: Source, *, base: Base | None = None, reading: Reading | None = None) -> Comparison:
+def compare(
+    first: Source,
+    second: Source,
+    *,
+    base: Base | None = None,
+    reading: Reading | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
     """The relative difference of two adapters' updates, module by module, blind to how they are factored."""
     from loratool.names import present
     from loratool.ops.changes import Changes, check_values
@@ -524,7 +531,7 @@ def compare(first: Source, second: Source, *, base: Base | None = None, reading:
     one, other = found if model is None else [present(adapter, model) for adapter in found]
     for adapter in (one, other):
         check_values(adapter, Changes())
-    return compare(one, other, model)
+    return compare(one, other, model, progress)
 
 
 def adapter_of(source: Source, reading: Reading | None) -> Adapter:
@@ -532,9 +539,11 @@ def adapter_of(source: Source, reading: Reading | None) -> Adapter:
     return source if isinstance(source, Adapter) else read(source, reading=reading)
 
 
-def model_of(base: Base, reading: Reading) -> Model:
+def model_of(base: Base, reading: Reading, complete: bool = True) -> Model:
     """The model itself, described from its headers where a path is given."""
-    return base if isinstance(base, Model) else read_model(Path(base), reading.allow_links, reading.allow_pickle)
+    if isinstance(base, Model):
+        return base
+    return read_model(Path(base), reading.allow_links, reading.allow_pickle, complete)
 
 
 def flattened(adapters: Sequence[Source | Sequence[Source]]) -> list[Source]:

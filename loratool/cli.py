@@ -465,7 +465,8 @@ def compare_command(first: str, second: str, json: bool, **options: Any) -> None
     from loratool import api
     from loratool.show import show_comparison
 
-    found = api.compare(first, second, **options)
+    with _progress("comparing") as progress:
+        found = api.compare(first, second, progress=progress, **options)
     if json:
         _print_json(dataclasses.asdict(found))
     else:
@@ -519,7 +520,9 @@ def resize_command(adapter: str, out: str, json: bool, **options: Any) -> None:
     """Give an adapter another rank: the best in the Frobenius norm, from its factors alone."""
     from loratool import compute
 
-    _computed(compute.resize(adapter, out, **options), json)
+    with _progress("resizing") as progress:
+        report = compute.resize(adapter, out, progress=progress, **options)
+    _computed(report, json)
 
 
 @_command("add", "Add adapters.", "loratool add style/ detail/ -s 1 -s 0.5 -o both/")
@@ -528,7 +531,9 @@ def add_command(adapters: Sequence[str], json: bool, **options: Any) -> None:
     """Add adapters: the linear sum of their updates, exact, or the best of --rank."""
     from loratool import compute
 
-    _computed(compute.add(*adapters, **options), json)
+    with _progress("adding") as progress:
+        report = compute.add(*adapters, progress=progress, **options)
+    _computed(report, json)
 
 
 @_command("subtract", "Subtract adapters from the first.", "loratool subtract both/ style/ -o rest/")
@@ -537,7 +542,9 @@ def subtract_command(adapters: Sequence[str], json: bool, **options: Any) -> Non
     """Subtract adapters from the first, exactly, or the best of --rank."""
     from loratool import compute
 
-    _computed(compute.subtract(*adapters, **options), json)
+    with _progress("subtracting") as progress:
+        report = compute.subtract(*adapters, progress=progress, **options)
+    _computed(report, json)
 
 
 @_command(
@@ -563,7 +570,9 @@ def combine_command(adapters: Sequence[str], json: bool, **options: Any) -> None
     """
     from loratool import compute
 
-    _computed(compute.combine(*adapters, **options), json)
+    with _progress("combining") as progress:
+        report = compute.combine(*adapters, progress=progress, **options)
+    _computed(report, json)
 
 
 @_command("rank", "Tell which rank is needed.", "loratool rank base/ tuned/ --plot spectrum.html")

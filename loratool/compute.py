@@ -168,6 +168,7 @@ def resize(
     allow_loss: bool = False,
     dry_run: bool = False,
     reading: Reading | None = None,
+    progress: Progress | None = None,
 ) -> ComputeReport:
     """Write ``adapter`` with other ranks, the best in the Frobenius norm; beyond what there is, padded with zeros.
 
@@ -183,7 +184,7 @@ def resize(
     def size(made: Adapter) -> int:
         return _size(with_provenance(made, "resize", hashes), output.format)
 
-    result = compute(sources.adapters[0], choice, sources.base, stored, size)
+    result = compute(sources.adapters[0], choice, sources.base, stored, size, progress)
     return _write(result, output, "resize", sources.weights)
 
 
@@ -199,13 +200,14 @@ def add(
     allow_loss: bool = False,
     dry_run: bool = False,
     reading: Reading | None = None,
+    progress: Progress | None = None,
 ) -> ComputeReport:
     """Write the sum of strength x update: exact by concatenation, or the best of ``rank``; stored as ``dtype``."""
     from loratool.ops.add import add as compute
 
     stored, sources = parse_dtype(dtype), _read(flattened(adapters), base, reading)
     output = sources.output(out, to, overwrite, allow_loss, dry_run)
-    result = recast(compute(sources.adapters, strengths, rank, sources.base), stored)
+    result = recast(compute(sources.adapters, strengths, rank, sources.base, progress), stored)
     return _write(result, output, "add", sources.weights, sources.strengths(strengths))
 
 
@@ -221,13 +223,14 @@ def subtract(
     allow_loss: bool = False,
     dry_run: bool = False,
     reading: Reading | None = None,
+    progress: Progress | None = None,
 ) -> ComputeReport:
     """Write the first adapter minus the others; the rules of `add`."""
     from loratool.ops.add import subtract as compute
 
     stored, sources = parse_dtype(dtype), _read(flattened(adapters), base, reading)
     output = sources.output(out, to, overwrite, allow_loss, dry_run)
-    result = recast(compute(sources.adapters, strengths, rank, sources.base), stored)
+    result = recast(compute(sources.adapters, strengths, rank, sources.base, progress), stored)
     return _write(result, output, "subtract", sources.weights, sources.strengths(strengths))
 
 
@@ -246,6 +249,7 @@ def combine(
     allow_loss: bool = False,
     dry_run: bool = False,
     reading: Reading | None = None,
+    progress: Progress | None = None,
 ) -> ComputeReport:
     """Write the adapters combined by ``method``: linear, svd, ties, dare, dare_ties, magnitude_prune, knots.
 
@@ -258,7 +262,7 @@ def combine(
     recipe, stored = Recipe(method, density, seed, rank), parse_dtype(dtype)
     sources = _read(flattened(adapters), base, reading)
     output = sources.output(out, to, overwrite, allow_loss, dry_run)
-    result = recast(compute(sources.adapters, recipe, strengths, sources.base), stored)
+    result = recast(compute(sources.adapters, recipe, strengths, sources.base, progress), stored)
     return _write(result, output, "combine", sources.weights, sources.strengths(strengths), recipe.details())
 
 

@@ -116,12 +116,13 @@ def pick(tensor: Tensor, slot: Slot) -> Tensor:
     return pieces[0] if len(pieces) == 1 else Tensor.joined(pieces)
 
 
-def read_model(path: str | Path, allow_links: bool = False, allow_pickle: bool = False) -> Model:
+def read_model(path: str | Path, allow_links: bool = False, allow_pickle: bool = False, complete: bool = True) -> Model:
     """Describe the model at ``path`` from its headers.
 
     Where there are only pickles (.bin, .ckpt), ``allow_pickle`` reads their tensors; what is made of the model is
-    written as safetensors, so they go by the names that those files will have. Raises LoratoolError (no such path)
-    and FormatError (nothing to read, a damaged or hostile file, an index that disagrees with its shards).
+    written as safetensors, so they go by the names that those files will have. Unless it has to be ``complete``, an
+    index may name shards and tensors that are not there. Raises LoratoolError (no such path) and FormatError (nothing
+    to read, a damaged or hostile file, an index that disagrees with its shards).
     """
     found = existing(path, "model")
     if not found.is_dir():
@@ -146,7 +147,7 @@ def read_model(path: str | Path, allow_links: bool = False, allow_pickle: bool =
     others = tuple(name for name in files if name not in {*held, *read, *moved})
     model = Model(found, weights, others, _configs(found, files, pipeline), _index_files(found, files, moved))
     for name, index in model.index_files.items():
-        _check_index(model, name, index)
+        _check_index(model, name, index, complete)
     return model
 
 
@@ -217,8 +218,8 @@ def _table(path: Path) -> Mapping[str, Any]:
     return table
 
 
-def _check_index(model: Model, name: str, index: Mapping[str, Any]) -> None:
-    """An index must name existing shards of its own folder, and tensors that are there."""
+def _check_index(model: Model, name: str, index: Mapping[str, Any], complete: bool) -> None:
+    """An index must name shards of its own folder and, of a complete model, such as exist, and tensors in them."""
     where = model.path / name
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -227,7 +228,7 @@ def _check_index(model: Model, name: str, index: Mapping[str, Any]) -> None:
     shards = {w.name: w.file for w in model.weights}
     for shard in set(weight_map.values()):
         inside(where.parent, shard)
-    for key, shard in weight_map.items():
+    for key, shard in weight_map.items() if complete else ():
         file = shards.get(f"{folder}/{shard}" if folder else shard)
         if file is None:
             raise FormatError(f"the shard {shard!r} is missing", where, "fetch or copy the model again")

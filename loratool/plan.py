@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from loratool.devices import Device, Worker, one_blas_thread
 from loratool.errors import NumericError
@@ -38,6 +38,19 @@ from loratool.update import Prepared, Update
 GROUP = 8  # blocks of one task
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
+Made = TypeVar("Made")
+
+
+def counted(results: Iterable[Made], sizes: Iterable[int], progress: Progress | None) -> list[Made]:
+    """All results; ``progress`` is told of each as it comes, by the bytes of what it is made from."""
+    weights, made = list(sizes), []
+    total, done = sum(weights), 0
+    for result, size in zip(results, weights, strict=True):
+        made.append(result)
+        done += size
+        if progress is not None:
+            progress(done, total)
+    return made
 
 
 @dataclass(frozen=True)
@@ -105,8 +118,8 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of base tensors and factors that will be read."""
-        factors = (t.nbytes for s in self.steps for p in s.parts for t in p.update.slots.values())
-        return sum(step.base.nbytes for step in self.steps) + sum(factors)
+        factors = sum(part.update.nbytes for step in self.steps for part in step.parts)
+        return sum(step.base.nbytes for step in self.steps) + factors
 
     @property
     def bytes_written(self) -> int:

@@ -113,6 +113,11 @@ class Update(ABC):
         """The stored tensors by slot name (``down``, ``up``, ``magnitude``, ...)."""
         return dict(tensors_of(self))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its stored tensors."""
+        return sum(tensor.nbytes for tensor in self.slots.values())
+
     @abstractmethod
     def prepare(self, load: Load, strength: float = 1.0) -> Prepared:
         """Load what the blocks need; ``strength`` multiplies the change W' - W."""

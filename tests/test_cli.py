@@ -1420,6 +1420,28 @@ def test_on_a_terminal_lists_are_abridged_and_a_bar_is_drawn(fixtures: Path, tmp
     os.close(master)
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals")
+@pytest.mark.parametrize(
+    ("word", "command"),
+    [
+        ("resizing", "resize {peft} --rank 2 -o out"),
+        ("adding", "add {peft} {raw} -o out"),
+        ("subtracting", "subtract {peft} {raw} -o out"),
+        ("combining", "combine {peft} {raw} --method svd -o out"),
+        ("combining", "combine {peft} {raw} --method ties -o out"),
+        ("comparing", "compare {peft} {raw}"),
+    ],
+)
+def test_what_computes_draws_a_bar_too(word: str, command: str, peft: Path, raw: Path, tmp_path: Path) -> None:
+    master, slave = os.openpty()
+    words = [str(tmp_path / w) if w == "out" else w for w in command.format(peft=peft, raw=raw).split()]
+    process = spawn(*words, "--json", stderr=slave, stdout=subprocess.PIPE)
+    assert word in read_terminal(master, process)
+    assert process.returncode == 0 and process.stdout and json.load(process.stdout)
+    os.close(slave)
+    os.close(master)
+
+
 @pytest.mark.parametrize(
     "command", ["inspect {kohya} --tensors", "merge {base} {peft} -o out --dry-run", "rank {peft}"]
 )

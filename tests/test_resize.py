@@ -486,3 +486,30 @@ def test_resizing_needs_no_torch(tmp_path: Path) -> None:
 def test_a_report_is_plain_data(tmp_path: Path) -> None:
     json.dumps(asdict(resized({"m": low()}, tmp_path / "out", rank=1)))
     assert isinstance(samples.UPDATES["dora"], DoRA) and magnitude(3).shape == (3,)
+
+
+# -- progress ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("times", "work"),
+    [
+        (1, lambda a, out, **more: loratool.resize(a, out, rank=1, **more)),
+        (2, lambda a, out, **more: loratool.resize(a, out, max_size=100_000, **more)),
+        (2, lambda a, out, **more: loratool.add(a, a, out=out, **more)),
+        (2, lambda a, out, **more: loratool.subtract(a, a, out=out, **more)),
+        (2, lambda a, out, **more: loratool.combine(a, a, out=out, method="svd", **more)),
+        (2, lambda a, out, **more: loratool.combine(a, a, out=out, method="ties", **more)),
+        (2, lambda a, out, **more: loratool.compare(a, a, **more)),
+    ],
+)
+def test_progress_is_told_module_by_module(times: int, work: Any, tmp_path: Path) -> None:
+    """In bytes of the factors; twice those where each is looked at twice, or there are two adapters."""
+    updates = {name: low(seed=n) for n, name in enumerate("abc")}
+    file = lora_file(tmp_path / "x", updates)
+    told: list[tuple[int, int]] = []
+    work(file, tmp_path / "out.safetensors", progress=lambda *now: told.append(now))
+    done, totals = zip(*told, strict=True)
+    size = sum(t.nbytes for update in updates.values() for t in (update.down, update.up))
+    assert set(totals) == {size * times} == {done[-1]}
+    assert len(done) >= 3 and list(done) == sorted(set(done))

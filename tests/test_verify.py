@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,23 @@ def test_missing_added_and_converted_tensors_are_named(base: Path, lora: Path, m
         "steps": "is I32 [], should be I64 []",
         "layers.2.q.weight": "is BF16 [1300, 300], should be BF16 [300, 1300]",
     }
+
+
+@pytest.mark.parametrize("whole_shard", [False, True])
+def test_what_an_index_places_where_it_is_not_is_missing(whole_shard: bool, tmp_path: Path) -> None:
+    """A proof that fails (7), not a model that cannot be read (3)."""
+    weights = {name: normal(7, 5, seed=n) for n, name in enumerate(("q.weight", "k.weight"))}
+    folder = samples.model(tmp_path / "base", weights, shards=2)
+    adapter = lora_file(tmp_path / "x", {"q": low()})
+    loratool.merge(folder, adapter, out=tmp_path / "out")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    shard = tmp_path / "out" / index["k.weight"]
+    shard.unlink()
+    if not whole_shard:
+        write_safetensors(shard, {"other": normal(2, 2)}, {})
+    report = loratool.verify(folder, adapter, merged=tmp_path / "out")
+    assert not report.ok
+    assert ("k.weight", "missing in the merged model") in {(f.module, f.why) for f in report.failures}
 
 
 def test_a_merge_in_shards_or_in_one_file_is_the_same_proof(base: Path, lora: Path, merged: Path) -> None:

@@ -18,6 +18,7 @@ from loratool.ops.replicate import shared_layers
 from loratool.ops.resize import Squares, dense_squares, dense_svd, each, factors_of, is_matrix, padded
 from loratool.ops.spectral import Choice, Piece, Result, fresh_metadata, stored, summarise, wide_factors
 from loratool.ops.stacks import apart, repacked, stacks_of
+from loratool.plan import Progress
 from loratool.tensors import DTYPES, FLOATS, Tensor
 from loratool.update import Additive, Dense, DoRA, Layer, LowRank, Update, as_low_rank, trimmed
 
@@ -31,6 +32,7 @@ def add(
     strengths: Sequence[float] | None = None,
     rank: int | None = None,
     model: Model | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """The sum of strength x update over ``adapters``, module by module.
 
@@ -52,7 +54,8 @@ def add(
         except NumericError as error:
             raise NumericError(error.what, name, error.hint) from None
 
-    made = dict(zip(terms, each(one, terms), strict=True))
+    sizes = (sum(update.nbytes for _, (update, _) in found) for found in terms.values())
+    made = dict(zip(terms, each(one, terms, sizes, progress), strict=True))
     updates = {name: update for name, (update, _) in made.items() if update is not None}
     spellings = {k: v for adapter in reversed(adapters) for k, v in adapter.spellings.items()}
     carried = _carried(adapters, given, updates, model)
@@ -80,12 +83,13 @@ def subtract(
     strengths: Sequence[float] | None = None,
     rank: int | None = None,
     model: Model | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """The first adapter minus the others; the rules of `add`."""
     given = strengths_of(adapters, strengths)
     if len(adapters) < 2:
         raise UsageError("nothing to subtract", hint="give two adapters or more")
-    return add(adapters, (given[0], *(-s for s in given[1:])), rank, model)
+    return add(adapters, (given[0], *(-s for s in given[1:])), rank, model, progress)
 
 
 def _terms(adapters: Sequence[Adapter], strengths: Sequence[float], model: Model | None) -> dict[str, list[Term]]:

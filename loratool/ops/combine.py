@@ -29,6 +29,7 @@ from loratool.ops.replicate import shared_layers
 from loratool.ops.resize import Squares, each, same_shape
 from loratool.ops.spectral import Piece, Result, fresh_metadata, summarise, wide_factors
 from loratool.ops.stacks import apart, repacked, stacks_of
+from loratool.plan import Progress, counted
 from loratool.tensors import FLOATS, Tensor
 from loratool.update import Dense, Layer, LowRank, Sum, Update, as_low_rank
 
@@ -79,6 +80,7 @@ def combine(
     recipe: Recipe,
     strengths: Sequence[float] | None = None,
     model: Model | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """One adapter of many, module by module, by ``recipe``; ``strengths`` multiply the updates.
 
@@ -99,7 +101,7 @@ def combine(
     shared_layers(adapters)
     notes = () if recipe.sparse or recipe.density is None else (f"{recipe.method} keeps every entry: no density",)
     if recipe.method == "linear":
-        plain = add(adapters, given, recipe.rank, model)
+        plain = add(adapters, given, recipe.rank, model, progress)
         return replace(plain, warnings=(*plain.warnings, *notes))
     stacks = stacks_of(adapters, model)
     adapters = [apart(adapter, model) for adapter in adapters]
@@ -108,8 +110,12 @@ def combine(
     def one(name: str) -> tuple[Update | None, Squares]:
         return _combined(name, terms[name], recipe)
 
-    # what works entry by entry holds whole matrices: one module at a time
-    made = dict(zip(terms, each(one, terms) if recipe.method == "svd" else map(one, terms), strict=True))
+    sizes = (sum(term.update.nbytes for term in found) for found in terms.values())
+    if recipe.method == "svd":
+        results = each(one, terms, sizes, progress)
+    else:  # what works entry by entry holds whole matrices: one module at a time
+        results = counted(map(one, terms), sizes, progress)
+    made = dict(zip(terms, results, strict=True))
     updates = {name: update for name, (update, _) in made.items() if update is not None}
     spellings = {k: v for adapter in reversed(adapters) for k, v in adapter.spellings.items()}
     carried = summed_carried(adapters, given, updates, model)

@@ -17,6 +17,7 @@ from loratool.lazy import np
 from loratool.model import Model
 from loratool.names import Names, Unmatched, orient
 from loratool.ops.beside import alike
+from loratool.plan import Progress, counted
 from loratool.tensors import Tensor, block_rows
 from loratool.update import Additive, Dense, DoRA, LowRank, Replace, Update, trimmed
 
@@ -75,7 +76,9 @@ class _Squares:
         return min(1.0, max(-1.0, (self.first + self.second - self.apart) / 2 / scale)) if scale else 0.0
 
 
-def compare(first: Adapter, second: Adapter, model: Model | None = None) -> Comparison:
+def compare(
+    first: Adapter, second: Adapter, model: Model | None = None, progress: Progress | None = None
+) -> Comparison:
     """Compare two adapters by the updates themselves.
 
     Low-rank updates are compared from their factors (float64), never forming the product; experts in a stack with the
@@ -87,7 +90,9 @@ def compare(first: Adapter, second: Adapter, model: Model | None = None) -> Comp
     one, other = _changes(first, model), _changes(second, model)
     aligned = _aligned(first, second) | {n: n for n in first.carried if _one_shape(n, one, other)}
     with one_blas_thread():  # many small products: threads would wait for each other
-        found = {name: squares(one[name], other[twin]) for name, twin in aligned.items()}
+        pairs = [(one[name], other[twin]) for name, twin in aligned.items()]
+        sizes = (a.nbytes + b.nbytes for (a, _), (b, _) in pairs)
+        found = dict(zip(aligned, counted((squares(*pair) for pair in pairs), sizes, progress), strict=True))
     only_first = [name for name in one if name not in aligned]
     only_second = [name for name in other if name not in aligned.values()]
     total = sum(found.values(), _Squares(0, 0, 0))

@@ -22,7 +22,7 @@ from loratool.names import Names, Unmatched, has_number, module_of, stores_trans
 from loratool.ops.changes import extreme, with_head
 from loratool.ops.spectral import Choice, ModuleResult, Piece, Result, SizeOf, bounded_size, fit_size
 from loratool.ops.stacks import hollow, together
-from loratool.plan import Progress, thread_count
+from loratool.plan import Progress, counted, thread_count
 from loratool.tensors import DTYPES, FLOATS, Array, Tensor
 from loratool.update import Layer, LowRank, Update, trimmed
 
@@ -463,14 +463,9 @@ def each_pair(
     firsts: dict[tuple[int, int], Pair] = {}
     for pair in pairs:
         firsts.setdefault(_identity(pair), pair)
-    total, done = sum(pair.nbytes for pair in firsts.values()), 0
-    results: dict[tuple[int, int], Done] = {}
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
-        for pair, result in zip(firsts.values(), pool.map(compute, firsts.values()), strict=True):
-            results[_identity(pair)] = result
-            done += pair.nbytes
-            if progress is not None:
-                progress(done, total)
+        made = counted(pool.map(compute, firsts.values()), (pair.nbytes for pair in firsts.values()), progress)
+    results = dict(zip(firsts, made, strict=True))
     for pair in pairs:
         yield pair, results[_identity(pair)]
 

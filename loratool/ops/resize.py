@@ -30,12 +30,12 @@ from loratool.ops.spectral import (
     wide_factors,
 )
 from loratool.ops.stacks import apart, repacked, stacks_of, together
+from loratool.plan import Made, Progress, counted
 from loratool.tensors import FLOATS, Tensor
 from loratool.update import Dense, Layer, LowRank, Sum, Update, trimmed
 
 Squares = tuple[float, float]  # squared norms of the error, and of the whole
 Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 
 def resize(
@@ -44,6 +44,7 @@ def resize(
     model: Model | None = None,
     dtype: str | None = None,
     size_of: SizeOf = bounded_size,
+    progress: Progress | None = None,
 ) -> Result:
     """``adapter`` with the ranks that ``choice`` asks for; a rank beyond what there is pads with zeros.
 
@@ -56,9 +57,11 @@ def resize(
     stacks = stacks_of([adapter], model)
     adapter = apart(adapter, model)
     modules = {n: _Module.of(n, u, model, dtype) for n, u in adapter.updates.items() if is_matrix(u) and not is_bias(n)}
+    sizes = [module.update.nbytes for module in modules.values()]
     ranks: Mapping[str, int] = {}
-    if choice.max_size is not None:
-        found = each(lambda module: module.spectrum(choice), modules.values())
+    if choice.max_size is not None:  # every module twice: to know its spectrum, and at the rank that is chosen by it
+        found = each(lambda module: module.spectrum(choice), modules.values(), sizes, _half(progress, 0))
+        progress = _half(progress, 1)
         measure = lambda made: size_of(together(made, stacks))  # noqa: E731
         ranks = _fitting(adapter, modules, dict(zip(modules, found, strict=True)), choice, dtype, measure)
 
@@ -68,7 +71,7 @@ def resize(
         except NumericError as error:
             raise NumericError(error.what, adapter.spelling(name), error.hint) from None
 
-    results = dict(zip(modules, each(one, modules), strict=True))
+    results = dict(zip(modules, each(one, modules, sizes, progress), strict=True))
     squares: dict[str, Squares] = {}
     for name, update in adapter.modules().items():
         kept = placed(name, update, model) if update.needs_base else (update, None)
@@ -99,10 +102,17 @@ def _fitting(
     return fit_size(pieces, choice, weigh)
 
 
-def each(work: Callable[[Item], Made], items: Iterable[Item]) -> list[Made]:
+def each(
+    work: Callable[[Item], Made], items: Iterable[Item], sizes: Iterable[int], progress: Progress | None
+) -> list[Made]:
     """``work`` on every item, side by side, one BLAS thread each: results do not depend on the number of threads."""
     with one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(work, items))
+        return counted(pool.map(work, items), sizes, progress)
+
+
+def _half(progress: Progress | None, number: int) -> Progress | None:
+    """Tells of one half of the work as of a part of all."""
+    return None if progress is None else lambda done, total: progress(number * total + done, 2 * total)
 
 
 @dataclass(frozen=True)

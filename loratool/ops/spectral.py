@@ -173,7 +173,7 @@ def fit_size(
 
 def bounded_size(adapter: Adapter) -> int:
     """A bound of the bytes of the weights file of an adapter, where no format measures it."""
-    factors = sum(tensor.nbytes for update in adapter.updates.values() for tensor in update.slots.values())
+    factors = sum(update.nbytes for update in adapter.updates.values())
     return factors + header_size(adapter.updates, adapter.metadata.strings, adapter.carried)
 
 
