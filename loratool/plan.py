@@ -322,8 +322,13 @@ class Run:
         stored = read_block(worker, step.base, first, last)
         if not step.computes:
             return stored
-        if (done := self._at_once(worker, step, prepared, stored, first, last)) is not None:
-            return done
+        products = _products(step.parts, prepared, first, last)
+        if step.scaled is None and products.factors:
+            merged = worker.merged(stored, products.factors, step.dtype, products.dense)
+            if merged is not None:
+                with self._lock:
+                    self._tally.add(merged.nonzero, merged.lost)
+                return merged.out
         base = worker.widen(stored) if step.scaled is None else worker.place(step.scaled.widened(stored, first))
         if not step.parts:
             return checked(worker, base, worker.narrow(base, step.dtype), step)
@@ -338,7 +343,7 @@ class Run:
                 return worker.place(step.scaled.widened(stored, part.start + low))
             return worker.load(rows).reshape(high - low, -1)  # not into kept memory
 
-        value, nonzero = _changed(worker, step.parts, prepared, first, last, base, wide)
+        value, nonzero = _changed(worker, step.parts, prepared, products, first, last, base, wide)
         fitted = value if step.scaled is None else worker.place(step.scaled.divided(worker.home(value), first))
         out = checked(worker, fitted, worker.narrow(fitted, step.dtype), step)
         if out.dtype == stored.dtype:
@@ -348,29 +353,12 @@ class Run:
                 self._tally.add(nonzero, max(0, same - (out.size - nonzero)), squares)
         return out
 
-    def _at_once(
-        self, worker: Worker, step: Step, prepared: Sequence[Prepared], stored: np.ndarray, first: int, last: int
-    ) -> np.ndarray | None:
-        """The block where one pass gives it, None where it has to go step by step."""
-        if not step.parts or step.scaled is not None:
-            return None
-        products = _products(step.parts, prepared, first, last)
-        if products is None:
-            return None
-        if not products.factors:  # rows of a fused weight that no part changes
-            return stored if step.dtype == step.base.dtype else None
-        merged = worker.merged(stored, products.factors, step.dtype, products.dense)
-        if merged is None:
-            return None
-        with self._lock:
-            self._tally.add(merged.nonzero, merged.lost)
-        return merged.out
-
 
 def _changed(
     worker: Worker,
     parts: Sequence[Part],
     prepared: Sequence[Prepared],
+    products: _Products,
     first: int,
     last: int,
     base: Any,
@@ -380,8 +368,7 @@ def _changed(
 
     A product of factors without a zero is taken to have none: an exact cancellation is not looked for.
     """
-    products = _products(parts, prepared, first, last)
-    if products is not None and products.factors and products.dense:
+    if products.factors and products.dense:
         value = base
         for up, down in products.factors:
             value = worker.add_product(value, up, down)
@@ -399,20 +386,23 @@ def _changed(
 
 
 class _Products(NamedTuple):
-    """What adds up to the change of some rows: up [rows,r] and down [r,-1] of every part; whether none holds a zero."""
+    """What adds up to the change of some rows, up [rows,r] and down [r,-1] of every part; whether none holds a zero.
 
-    factors: list[tuple[Any, Any]]
+    Without factors the change is no sum of products, or of some of the rows only.
+    """
+
+    factors: Sequence[tuple[Any, Any]]
     dense: bool
 
 
-def _products(parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int) -> _Products | None:
-    """The products that change rows [first, last); None where a change is no product, or of some of the rows only."""
+def _products(parts: Sequence[Part], prepared: Sequence[Prepared], first: int, last: int) -> _Products:
+    """The products that change rows [first, last), of the parts that reach them."""
     factors, dense = [], True
     for part, update in zip(parts, prepared, strict=True):
         if part.stop <= first or last <= part.start:
             continue
         if update.factors is None or first < part.start or part.stop < last:
-            return None
+            return _Products((), False)
         up, down = update.factors
         factors.append((up[first - part.start : last - part.start], down))
         dense = dense and update.dense

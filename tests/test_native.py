@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,7 @@ import loratool
 from loratool import native
 from loratool.devices import NativeWorker, Worker, choose
 from loratool.errors import LoratoolError, NumericError
+from loratool.plan import OutputFile, Part, Plan, Run, Step
 from loratool.tensors import Tensor, read_safetensors
 from tests.samples import lora_file, low, model, normal
 
@@ -187,6 +189,32 @@ def test_a_merge_of_files(dtype: str, count: int, tmp_path: Path, monkeypatch: p
     assert bits(found).tolist() == bits(chain(base.array(), up, down)).tolist()
     unchanged = np.count_nonzero(bits(found) == bits(base.array()))
     assert report.lost_to_rounding == unchanged / base.size
+
+
+@compiled
+def test_parts_of_a_fused_weight_go_through_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that one part changes whole, though the others do not; not those of no part, nor across an edge."""
+    monkeypatch.setattr("loratool.tensors.BLOCK", 20)
+    made: list[bool] = []
+    once = NativeWorker.merged
+
+    def watched(worker: NativeWorker, *given: Any) -> Any:
+        found = once(worker, *given)
+        made.append(found is not None)
+        return found
+
+    monkeypatch.setattr(NativeWorker, "merged", watched)
+    parts = (Part(low(4), 1.0, 0, 4, "q"), Part(low(6, seed=3), 1.0, 8, 14, "v"))
+    step = Step("qkv", "qkv", normal(16, 5), "F32", parts)
+    list(Run(Plan((OutputFile("o", (step,), {}),)), Nowhere(), choose("cpu-native", {}), 1))
+    assert made == [True, True]
+
+
+class Nowhere:
+    """Takes blocks and forgets them."""
+
+    def block(self, output: OutputFile, step: Step, start: int, data: np.ndarray) -> None:
+        assert len(data) == 4
 
 
 @compiled
