@@ -87,7 +87,7 @@ def verify(
     began = time.perf_counter()
     said = merged.weights[0].file.metadata.get("loratool.device", "") if device == "auto" else ""
     if said == "cpu-native" and not native.available():
-        hint = "--device cpu --tolerance 1 compares with numpy's, to the last place"
+        hint = "--device cpu --tolerance 1 compares with numpy's (float32 may need more)"
         raise LoratoolError("made by the compiled loops, which this installation lacks", str(merged.path), hint)
     chosen = choose(said if said.startswith("cpu-") else device, merge.plan.changed)
     tensors = by_step_name(merged)
